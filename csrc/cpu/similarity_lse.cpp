@@ -1,0 +1,239 @@
+#include "cpu/similarity_lse.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "common/simd.h"
+
+namespace fastcontrast {
+namespace {
+
+// Rows handled together by one thread: their logits (16 · 2048 floats) stay in the second-level cache between the row
+// pass and the column pass, and the column state is rescaled once for all of them.
+constexpr int64_t kRows = 16;
+
+// Below this many entries a thread costs more than it brings.
+constexpr int64_t kGrain = 1 << 14;
+
+constexpr int kLanes = 64;
+
+int team(int threads, int64_t entries) {
+    return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, entries / kGrain)));
+}
+
+FC_INLINE void logits_row(const Logits& logits, const Tile& tile, int64_t i, float* __restrict row) {
+    const int64_t n = tile.n;
+    const float scale = logits.scale;
+    if (logits.key_bias) {
+        const float* __restrict bias = logits.key_bias + tile.j0;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) row[j] = scale * row[j] + bias[j];
+    } else {
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) row[j] = scale * row[j];
+    }
+    if (!logits.query_ids && !tile.guide) return;
+
+    const int64_t own = logits.positives ? logits.positives[tile.i0 + i] - tile.j0 : -1;
+    const bool protect = own >= 0 && own < n;
+    const float kept = protect ? row[own] : 0.0f;
+    if (logits.query_ids) {
+        const int64_t id = logits.query_ids[tile.i0 + i];
+        const int64_t* __restrict ids = logits.key_ids + tile.j0;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) row[j] = ids[j] == id ? -INFINITY : row[j];
+    }
+    if (tile.guide) {
+        const float limit = logits.guide_limit[tile.i0 + i];
+        const float* __restrict guide = tile.guide + i * n;
+#pragma omp simd
+        for (int64_t j = 0; j < n; ++j) row[j] = guide[j] > limit ? -INFINITY : row[j];
+    }
+    if (protect) row[own] = kept;
+}
+
+// NaN entries are passed over here: they reach the result through the sum.
+FC_INLINE float max_row(const float* __restrict row, int64_t n) {
+    float lanes[kLanes];
+    for (int l = 0; l < kLanes; ++l) lanes[l] = -FLT_MAX;
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) lanes[l] = row[j + l] > lanes[l] ? row[j + l] : lanes[l];
+    for (int l = 0; j < n; ++j, ++l) lanes[l] = row[j] > lanes[l] ? row[j] : lanes[l];
+    return *std::max_element(lanes, lanes + kLanes);
+}
+
+FC_INLINE float exp_sum(const float* __restrict row, int64_t n, float offset) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) sum += exp_fast(row[j] - offset);
+    return sum;
+}
+
+FC_INLINE float exp_sum_in_place(float* __restrict row, int64_t n, float offset) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < n; ++j) {
+        row[j] = exp_fast(row[j] - offset);
+        sum += row[j];
+    }
+    return sum;
+}
+
+// Columns of one group of rows: maxima first, then one rescaling and the exponentials against the new maxima.
+struct ColumnState {
+    std::vector<float> max, sum, part;
+    std::vector<int64_t> best;
+    ColumnState(int64_t n, bool wants_best)
+        : max(n, -FLT_MAX), sum(n, 0.0f), part(n), best(wants_best ? n : 0, INT64_MAX) {}
+};
+
+FC_INLINE void column_max(const float* __restrict row, float* __restrict max, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) max[j] = row[j] > max[j] ? row[j] : max[j];
+}
+
+FC_INLINE void column_best(const float* __restrict row, const float* __restrict max, int64_t* __restrict best,
+                           int64_t i, int64_t n) {
+#pragma omp simd
+    for (int64_t j = 0; j < n; ++j) best[j] = row[j] > max[j] ? i : best[j];
+}
+
+FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t begin, int64_t end, Online rows,
+                               float* rescale, ColumnState* columns) {
+    const int64_t n = tile.n;
+    std::vector<float> previous(columns ? n : 0);
+    for (int64_t group = begin; group < end; group += kRows) {
+        const int64_t last = std::min(group + kRows, end);
+        if (columns) previous = columns->max;
+        for (int64_t i = group; i < last; ++i) {
+            float* row = tile.data + i * tile.stride;
+            logits_row(logits, tile, i, row);
+            if (columns) {
+                if (!columns->best.empty())
+                    column_best(row, columns->max.data(), columns->best.data(), tile.i0 + i, n);
+                column_max(row, columns->max.data(), n);
+            }
+            if (rows.max) {
+                const int64_t at = tile.i0 + i;
+                const float before = rows.max[at];
+                const float here = max_row(row, n);
+                if (here > before) {
+                    rows.max[at] = here;
+                    if (rows.best) rows.best[at] = tile.j0 + (std::find(row, row + n, here) - row);
+                }
+                const float offset = finite(rows.max[at]);
+                const float factor = exp_fast(finite(before) - offset);
+                const float sum = rescale ? exp_sum_in_place(row, n, offset) : exp_sum(row, n, offset);
+                rows.sum[at] = rows.sum[at] * factor + sum;
+                if (rescale) rescale[i] = factor;
+            }
+        }
+        if (columns) {
+            const float* __restrict old = previous.data();
+            const float* __restrict max = columns->max.data();
+            float* __restrict part = columns->part.data();
+            float* __restrict sum = columns->sum.data();
+            std::fill_n(part, n, 0.0f);
+            for (int64_t i = group; i < last; ++i) {
+                const float* __restrict row = tile.data + i * tile.stride;
+#pragma omp simd
+                for (int64_t j = 0; j < n; ++j) part[j] += exp_fast(row[j] - finite(max[j]));
+            }
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j)
+                sum[j] = sum[j] * exp_fast(finite(old[j]) - finite(max[j])) + part[j];
+        }
+    }
+}
+
+FC_VECTOR_CLONES void merge_columns(const Tile& tile, Online into, const ColumnState& from, int64_t begin,
+                                    int64_t end) {
+    for (int64_t j = begin; j < end; ++j) {
+        const int64_t at = tile.j0 + j;
+        const float before = into.max[at], here = from.max[j];
+        if (here > before) {
+            into.max[at] = here;
+            if (into.best) into.best[at] = from.best[j];
+        }
+        const float offset = finite(into.max[at]);
+        into.sum[at] = into.sum[at] * exp_fast(finite(before) - offset) + from.sum[j] * exp_fast(finite(here) - offset);
+    }
+}
+
+FC_INLINE float flush(float x) { return std::fabs(x) < FLT_MIN ? 0.0f : x; }
+
+// A row with nothing left has lse -inf; against FLT_MAX each of its weights is 0, where -inf - -inf would be NaN.
+FC_INLINE float unless_empty(float lse) { return lse < -FLT_MAX ? FLT_MAX : lse; }
+
+FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const float* source, int64_t source_stride,
+                                   int64_t begin, int64_t end, Softmax rows, Softmax columns) {
+    const int64_t n = tile.n;
+    for (int64_t i = begin; i < end; ++i) {
+        float* target = tile.data + i * tile.stride;
+        if (source) {
+            std::copy_n(source + i * source_stride, n, target);
+        } else {
+            logits_row(logits, tile, i, target);
+        }
+        const int64_t at = tile.i0 + i;
+        const float g = rows.gradient ? rows.gradient[at] : 0.0f;
+        const float r = rows.gradient ? unless_empty(rows.high[at]) : 0.0f;
+        const float r_low = rows.gradient ? rows.low[at] : 0.0f;
+        const float* __restrict h = columns.gradient + tile.j0;
+        const float* __restrict c = columns.high + tile.j0;
+        const float* __restrict c_low = columns.low + tile.j0;
+        float* __restrict out = target;
+        // Differences first against `high`, which is exact near the maximum, then against `low`: at scale 100 the
+        // rounding of the log-sum-exp itself would otherwise cost two digits of the gradient.
+        if (rows.gradient && columns.gradient) {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j)
+                out[j] = flush(g * exp_fast((out[j] - r) - r_low) +
+                               h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
+        } else if (rows.gradient) {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j) out[j] = flush(g * exp_fast((out[j] - r) - r_low));
+        } else {
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j)
+                out[j] = flush(h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
+        }
+    }
+}
+
+}  // namespace
+
+void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, float* rescale, int threads) {
+    const int count = team(threads, tile.m * tile.n);
+    // Contiguous shares fixed by the thread count, merged in order: the same bits on every run.
+    std::vector<ColumnState> states(columns.max ? count : 0, ColumnState(columns.max ? tile.n : 0, columns.best));
+    const int64_t share = (tile.m + count - 1) / count;
+#pragma omp parallel for num_threads(count) schedule(static, 1)
+    for (int t = 0; t < count; ++t)
+        lse_rows(logits, tile, std::min(t * share, tile.m), std::min((t + 1) * share, tile.m), rows, rescale,
+                 columns.max ? &states[t] : nullptr);
+    if (!columns.max) return;
+    for (const ColumnState& state : states) merge_columns(tile, columns, state, 0, tile.n);
+}
+
+void weights(const Logits& logits, const Tile& target, const float* source, int64_t source_stride, Softmax rows,
+             Softmax columns, int threads) {
+    const int count = team(threads, target.m * target.n);
+    const int64_t share = (target.m + count - 1) / count;
+#pragma omp parallel for num_threads(count) schedule(static, 1)
+    for (int t = 0; t < count; ++t)
+        weights_rows(logits, target, source, source_stride, std::min(t * share, target.m),
+                     std::min((t + 1) * share, target.m), rows, columns);
+}
+
+void finish(const float* max, const float* sum, float* high, float* low, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) {
+        const double lse = static_cast<double>(max[i]) + std::log(static_cast<double>(sum[i]));
+        high[i] = static_cast<float>(lse);
+        low[i] = std::isfinite(lse) ? static_cast<float>(lse - high[i]) : 0.0f;
+    }
+}
+
+}  // namespace fastcontrast

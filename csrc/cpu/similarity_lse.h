@@ -1,0 +1,52 @@
+// Tile epilogues of similarity_lse. A tile holds rows [i0, i0 + m) by columns [j0, j0 + n) of queries · keysᵀ, as a
+// matrix product left it; every array below is indexed by the whole problem's i or j.
+#pragma once
+
+#include <cstdint>
+
+namespace fastcontrast {
+
+// L_ij = scale · tile_ij + key_bias_j, and -inf where (i, j) is masked. Null pointers switch a term off.
+struct Logits {
+    float scale;
+    const float* key_bias;      // [N]
+    const int64_t* query_ids;   // [M]  equal ids are masked
+    const int64_t* key_ids;     // [N]
+    const float* guide_limit;   // [M]  guide tile above it is masked
+    const int64_t* positives;   // [M]  this column of row i is never masked; outside [0, N): none
+};
+
+struct Tile {
+    float* data;
+    int64_t stride;
+    int64_t i0, m, j0, n;
+    const float* guide;  // [m, n] contiguous, or null
+};
+
+// Running maximum, Σ exp(L - maximum), and the first index of the maximum, of each row (or column).
+struct Online {
+    float* max;      // starts at -FLT_MAX; null: this direction is not wanted
+    float* sum;      // starts at 0
+    int64_t* best;   // or null
+};
+
+// Turns the tile into logits in place and folds it into the running state of its rows and columns.
+// `rescale` [m]: when given, the tile becomes exp(L - maximum) instead, and rescale_i is what a sum kept under the
+// old maximum must be multiplied by.
+void lse(const Logits&, const Tile&, Online rows, Online columns, float* rescale, int threads);
+
+// One direction's share of the weights: gradient_i · exp(L_ij - lse_i), lse = high + low.
+struct Softmax {
+    const float* gradient;  // null: this direction has none
+    const float* high;
+    const float* low;
+};
+
+// target_ij = rows' + columns' share. `source` holds logits (kept by `lse`) or, if null, the target holds raw products.
+void weights(const Logits&, const Tile& target, const float* source, int64_t source_stride, Softmax rows,
+             Softmax columns, int threads);
+
+// high + low = max + log(sum), in double and split in two floats.
+void finish(const float* max, const float* sum, float* high, float* low, int64_t count);
+
+}  // namespace fastcontrast

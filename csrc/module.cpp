@@ -1,0 +1,73 @@
+// fastcontrast._C: the table of contents of the native core. Functions take addresses, sizes and strides, release the
+// GIL and trust their caller; shapes and dtypes are checked in fastcontrast/ops. An address of 0 means "absent".
+#include <pybind11/pybind11.h>
+
+#include "cpu/similarity_lse.h"
+
+namespace py = pybind11;
+using namespace fastcontrast;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    py::class_<Logits>(m, "Logits")
+        .def(py::init([](float scale, Address key_bias, Address query_ids, Address key_ids, Address guide_limit,
+                         Address positives) {
+                 return Logits{scale,
+                               at<float>(key_bias),
+                               at<int64_t>(query_ids),
+                               at<int64_t>(key_ids),
+                               at<float>(guide_limit),
+                               at<int64_t>(positives)};
+             }),
+             py::arg("scale"), py::arg("key_bias") = 0, py::arg("query_ids") = 0, py::arg("key_ids") = 0,
+             py::arg("guide_limit") = 0, py::arg("positives") = 0);
+    py::class_<Tile>(m, "Tile").def(
+        py::init([](Address data, int64_t stride, int64_t i0, int64_t rows, int64_t j0, int64_t columns, Address guide) {
+            return Tile{at<float>(data), stride, i0, rows, j0, columns, at<float>(guide)};
+        }),
+        py::arg("data"), py::arg("stride"), py::arg("i0"), py::arg("rows"), py::arg("j0"), py::arg("columns"),
+        py::arg("guide") = 0);
+    py::class_<Online>(m, "Online").def(py::init([](Address max, Address sum, Address best) {
+                                            return Online{at<float>(max), at<float>(sum), at<int64_t>(best)};
+                                        }),
+                                        py::arg("max") = 0, py::arg("sum") = 0, py::arg("best") = 0);
+    py::class_<Softmax>(m, "Softmax").def(py::init([](Address gradient, Address high, Address low) {
+                                              return Softmax{at<float>(gradient), at<float>(high), at<float>(low)};
+                                          }),
+                                          py::arg("gradient") = 0, py::arg("high") = 0, py::arg("low") = 0);
+    m.def(
+        "lse",
+        [](const Logits& logits, const Tile& tile, const Online& rows, const Online& columns, Address rescale,
+           int threads) {
+            py::gil_scoped_release release;
+            lse(logits, tile, rows, columns, at<float>(rescale), threads);
+        },
+        py::arg("logits"), py::arg("tile"), py::arg("rows"), py::arg("columns"), py::arg("rescale") = 0,
+        py::arg("threads") = 1);
+    m.def(
+        "weights",
+        [](const Logits& logits, const Tile& target, Address source, int64_t source_stride, const Softmax& rows,
+           const Softmax& columns, int threads) {
+            py::gil_scoped_release release;
+            weights(logits, target, at<float>(source), source_stride, rows, columns, threads);
+        },
+        py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("source_stride"), py::arg("rows"),
+        py::arg("columns"), py::arg("threads") = 1);
+    m.def(
+        "finish",
+        [](Address max, Address sum, Address high, Address low, int64_t count) {
+            py::gil_scoped_release release;
+            finish(at<float>(max), at<float>(sum), at<float>(high), at<float>(low), count);
+        },
+        py::arg("max"), py::arg("sum"), py::arg("high"), py::arg("low"), py::arg("count"));
+}

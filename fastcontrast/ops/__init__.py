@@ -1,0 +1,7 @@
+"""Operations: equation, reference, checks and autograd, one file each."""
+
+from ._dispatch import Choice, explain, operations, trace
+from ._workspace import set_workspace
+from .similarity_lse import similarity_lse
+
+__all__ = ["Choice", "explain", "operations", "set_workspace", "similarity_lse", "trace"]

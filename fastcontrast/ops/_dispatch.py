@@ -1,0 +1,93 @@
+"""The one place that picks an implementation, and can say why not the others.
+
+An operation registers its implementations in order of preference, each with a function that returns the reason why it
+cannot serve a device and dtype, or None if it can. `reference` is always last and never refuses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+try:
+    from fastcontrast import _C as native
+
+    native_missing = None
+except ImportError as error:  # built without a compiler: everything runs on the reference path, and says so
+    native = None
+    native_missing = f"the C++ core is not built ({error}); install a C++17 compiler and reinstall fastcontrast"
+
+Refusal = Callable[[torch.device, torch.dtype], "str | None"]
+
+_registry: dict[str, dict[str, Refusal]] = {}
+_traces: list[list[Choice]] = []
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which implementation of `op` ran, and why those preferred to it did not."""
+
+    op: str
+    implementation: str
+    refused: dict[str, str]
+
+
+def register(op: str, implementations: dict[str, Refusal]) -> None:
+    """Implementations of `op` in order of preference; `reference` is added behind them."""
+    _registry[op] = {**implementations, "reference": lambda device, dtype: None}
+
+
+def operations() -> list[str]:
+    return sorted(_registry)
+
+
+def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
+    """For each implementation of `op`, in order of preference: None if it can run here, or the reason why not."""
+    device = torch.device(device)
+    return {name: refuse(device, dtype) for name, refuse in _registry[op].items()}
+
+
+def choose(op: str, implementation: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the implementation to run. A requested one that cannot run raises NotImplementedError with its reason."""
+    table = _registry[op]
+    if implementation is not None:
+        if implementation not in table:
+            raise ValueError(f"{op}: implementation must be one of {', '.join(table)} or None, got {implementation!r}")
+        reason = table[implementation](device, dtype)
+        if reason is not None:
+            raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {reason}")
+        chosen, refused = implementation, {}
+    else:
+        refused = {}
+        for chosen, refuse in table.items():
+            reason = refuse(device, dtype)
+            if reason is None:
+                break
+            refused[chosen] = reason
+    if _traces and not torch.compiler.is_compiling():
+        for trace in _traces:
+            trace.append(Choice(op, chosen, refused))
+    return chosen
+
+
+@contextlib.contextmanager
+def trace() -> Iterator[list[Choice]]:
+    """Collects what ran: `with fastcontrast.ops.trace() as ran: loss(...)`, then `ran[0].implementation`."""
+    choices: list[Choice] = []
+    _traces.append(choices)
+    try:
+        yield choices
+    finally:
+        _traces[:] = [other for other in _traces if other is not choices]
+
+
+def refuse_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Reason why a C++ CPU kernel cannot run, shared by the operations that have one."""
+    if device.type != "cpu":
+        return f"it runs on cpu tensors, these are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    return native_missing

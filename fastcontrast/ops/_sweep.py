@@ -1,0 +1,218 @@
+"""The schedule of a similarity sweep on the CPU: library matrix products into a reused tile, epilogues in between.
+
+    for each tile (I, J):   tile = Q_I · K_Jᵀ              torch.mm into the buffer
+                            lse(tile)                      forward: fold into the running max and sum of rows, columns
+                            weights(tile)                  backward: tile becomes G
+                            dQ_I += G · K_J,  dK_J += Gᵀ · Q_I
+
+Nothing of size M × N is stored, except the first `keep` rows of logits when the workspace allows: those need no second
+product in the backward. When `keys` is None the keys are the queries, the matrix is symmetric, and only tiles on and
+above the diagonal are computed: each serves its rows and, as columns, the rows of its mirror image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ._dispatch import native
+
+# 8 MiB of float32: large enough for the library's full speed, small enough to stay in a last-level cache.
+ROWS, COLUMNS = 1024, 2048
+MIN_KEPT_ROWS = 256  # a thinner first block would slow its product more than keeping it saves
+
+
+class Masks(NamedTuple):
+    """What is masked, as raw tensors: see `similarity_lse`. `positives` [M], -1 where a row protects nothing."""
+
+    query_ids: Tensor | None = None  # [M] int64
+    key_ids: Tensor | None = None  # [N] int64
+    positives: Tensor | None = None  # [M] int64
+    guide_queries: Tensor | None = None  # [M, Dg]
+    guide_keys: Tensor | None = None  # [N, Dg]
+    guide_limit: Tensor | None = None  # [M] fp32
+
+
+class Lse(NamedTuple):
+    """One direction's log-sum-exp, `high + low`, and the index of each largest logit."""
+
+    high: Tensor  # [M] fp32
+    low: Tensor  # [M] fp32
+    best: Tensor  # [M] int64; empty if not asked for
+
+
+def kept_rows(m: int, n: int, workspace: int, guided: bool) -> int:
+    """Rows of logits that fit into `workspace` bytes beside the tile buffers."""
+    tiles = min(m, ROWS) * min(n, COLUMNS) * 4 * (2 if guided else 1)
+    rows = max(0, workspace - tiles) // (4 * n) if n else 0
+    return m if rows >= m else rows if rows >= MIN_KEPT_ROWS else 0
+
+
+class Sweep:
+    """The tiles of one problem, with the buffers that they share."""
+
+    def __init__(self, queries: Tensor, keys: Tensor | None, scale: Tensor, key_bias: Tensor | None, masks: Masks):
+        self.queries, self.keys = queries, keys
+        self.symmetric = keys is None
+        self.m, self.n = queries.shape[0], (queries if keys is None else keys).shape[0]
+        self.threads = torch.get_num_threads()
+        self.masks = masks
+        self._keys_block: tuple[int, Tensor | None] = (-1, None)
+        self.columns = ROWS if self.symmetric else COLUMNS
+        entries = min(self.m, ROWS) * min(self.n, self.columns)
+        self.buffer = queries.new_empty(entries, dtype=torch.float32)
+        self.guide_buffer = None if masks.guide_queries is None else torch.empty_like(self.buffer)
+        self.key_bias = None if key_bias is None else key_bias.float().contiguous()
+        self.logits = native.Logits(
+            scale=float(scale),
+            key_bias=_address(self.key_bias),
+            query_ids=_address(masks.query_ids),
+            key_ids=_address(masks.key_ids),
+            guide_limit=_address(masks.guide_limit),
+            positives=_address(masks.positives),
+        )
+
+    def row_blocks(self, keep: int) -> list[tuple[int, int]]:
+        """(start, size); a boundary falls at `keep`, so that a block's logits are all kept or none."""
+        return [*_blocks(0, keep, ROWS), *_blocks(keep, self.m, ROWS)]
+
+    def tiles(self, keep: int, rows_outermost: bool = False) -> Iterator[tuple[int, int, int, int]]:
+        """(i0, rows, j0, columns) of each tile."""
+        rows, columns = self.row_blocks(keep), _blocks(0, self.n, self.columns)
+        if self.symmetric:
+            return ((*i, *j) for i in rows for j in rows if j[0] >= i[0])
+        if rows_outermost:
+            return ((*i, *j) for i in rows for j in columns)
+        return ((*i, *j) for j in columns for i in rows)
+
+    def queries_block(self, i0: int, rows: int) -> Tensor:  # [rows, D] fp32
+        return self.queries[i0 : i0 + rows].float()
+
+    def keys_block(self, j0: int, columns: int) -> Tensor:  # [columns, D] fp32
+        if self._keys_block[0] != j0:  # columns are outermost: half-precision keys are converted once
+            keys = self.queries if self.symmetric else self.keys
+            self._keys_block = (j0, keys[j0 : j0 + columns].float())
+        return self._keys_block[1]
+
+    def tile(self, i0: int, rows: int, j0: int, columns: int, kept: Tensor | None = None) -> Tensor:
+        """Where the tile's numbers go: [rows, columns], in the kept logits or in the shared buffer."""
+        if kept is not None and i0 < kept.shape[0]:
+            return kept[i0 : i0 + rows, j0 : j0 + columns]
+        return self.buffer[: rows * columns].view(rows, columns)
+
+    def native_tile(self, tile: Tensor, i0: int, j0: int, *, guide: bool = True) -> object:
+        rows, columns = tile.shape
+        if self.guide_buffer is not None and guide:
+            similarity = self.guide_buffer[: rows * columns].view(rows, columns)
+            torch.mm(
+                self.masks.guide_queries[i0 : i0 + rows].float(),
+                self.masks.guide_keys[j0 : j0 + columns].float().t(),
+                out=similarity,
+            )
+            return native.Tile(tile.data_ptr(), tile.stride(0), i0, rows, j0, columns, similarity.data_ptr())
+        return native.Tile(tile.data_ptr(), tile.stride(0), i0, rows, j0, columns)
+
+
+class _Running:
+    """The running maximum and sum of one direction, in the form the kernel takes."""
+
+    def __init__(self, count: int, best: bool, wanted: bool = True):
+        self.max = torch.full((count if wanted else 0,), torch.finfo(torch.float32).min)
+        self.sum = torch.zeros_like(self.max)
+        self.best = torch.full((self.max.shape[0] if best else 0,), -1, dtype=torch.int64)
+        self.native = native.Online(*(_address(x) for x in (self.max, self.sum, self.best)))
+
+    def finish(self) -> Lse:
+        high, low = torch.empty_like(self.max), torch.empty_like(self.max)
+        native.finish(*(x.data_ptr() for x in (self.max, self.sum, high, low)), high.shape[0])
+        return Lse(high, low, self.best)
+
+
+def lse(sweep: Sweep, rows: bool, columns: bool, best: bool, keep: int) -> tuple[Lse, Lse, Tensor]:
+    """Log-sum-exp of rows and/or columns in one sweep, and the logits of the first `keep` rows [keep, N]."""
+    row_state = _Running(sweep.m, best, rows)
+    column_state = _Running(sweep.n, best, columns)
+    mirrored = row_state.native if sweep.symmetric else column_state.native
+    kept = sweep.buffer.new_empty(keep, sweep.n)
+    for i0, m, j0, n in sweep.tiles(keep):
+        tile = sweep.tile(i0, m, j0, n, kept)
+        torch.mm(sweep.queries_block(i0, m), sweep.keys_block(j0, n).t(), out=tile)
+        folded = native.Online() if sweep.symmetric and i0 == j0 else mirrored
+        native.lse(sweep.logits, sweep.native_tile(tile, i0, j0), row_state.native, folded, 0, sweep.threads)
+    return row_state.finish(), column_state.finish(), kept
+
+
+def lse_and_mix(sweep: Sweep, best: bool) -> tuple[Lse, Tensor]:
+    """Log-sum-exp of the rows and mix_i = Σ_j softmax_j(L_ij) k_j [M, D] in one sweep of two products.
+
+    For keys that need no gradient this replaces the backward: dq_i = scale · g_i · mix_i, whatever the gradient g.
+    """
+    state = _Running(sweep.m, best)
+    mix = sweep.buffer.new_zeros(sweep.queries.shape)
+    rescale = sweep.buffer.new_empty(min(sweep.m, ROWS))
+    for i0, m, j0, n in sweep.tiles(0, rows_outermost=True):
+        k = sweep.keys_block(j0, n)
+        tile = sweep.tile(i0, m, j0, n)
+        torch.mm(sweep.queries_block(i0, m), k.t(), out=tile)
+        native.lse(
+            sweep.logits, sweep.native_tile(tile, i0, j0), state.native, native.Online(), rescale.data_ptr(), sweep.threads
+        )
+        accumulated = mix[i0 : i0 + m]
+        if j0 == 0:
+            torch.mm(tile, k, out=accumulated)
+        else:
+            accumulated.mul_(rescale[:m, None]).addmm_(tile, k)
+    # A row with nothing left has sum 0 and mix 0.
+    mix.div_(state.sum.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
+    return state.finish(), mix
+
+
+def gradients(
+    sweep: Sweep,
+    rows: tuple[Tensor, Tensor, Tensor] | None,  # gradient, high, low, each [M]
+    columns: tuple[Tensor, Tensor, Tensor] | None,  # each [N]
+    kept: Tensor,  # [keep, N]
+    needs: tuple[bool, bool, bool],  # G·K [M, D], Gᵀ·Q [N, D], ΣG over rows [N]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """G·K, Gᵀ·Q and Σ_i G_ij for G_ij = g_i·exp(L_ij - r_i) + h_j·exp(L_ij - c_j), before the factor `scale`.
+
+    Symmetric: `rows` stands for both directions, and G·K is the whole gradient of the one tensor.
+    """
+    row_softmax = native.Softmax(*(_address(x) for x in rows or ()))
+    column_softmax = row_softmax if sweep.symmetric else native.Softmax(*(_address(x) for x in columns or ()))
+    d = sweep.queries.shape[1]
+    dq = sweep.buffer.new_zeros(sweep.m, d) if needs[0] else None
+    dk = sweep.buffer.new_zeros(sweep.n, d) if needs[1] else None
+    dbias = sweep.buffer.new_zeros(sweep.n) if needs[2] else None
+    keep = kept.shape[0]
+    for i0, m, j0, n in sweep.tiles(keep):
+        q, k = sweep.queries_block(i0, m), sweep.keys_block(j0, n)
+        tile = sweep.tile(i0, m, j0, n)
+        source, stride = 0, 0
+        if i0 < keep:
+            logits = kept[i0 : i0 + m, j0 : j0 + n]
+            source, stride = logits.data_ptr(), logits.stride(0)
+        else:
+            torch.mm(q, k.t(), out=tile)
+        native_tile = sweep.native_tile(tile, i0, j0, guide=not source)
+        native.weights(sweep.logits, native_tile, source, stride, row_softmax, column_softmax, sweep.threads)
+        if dq is not None:
+            dq[i0 : i0 + m].addmm_(tile, k)
+        if sweep.symmetric and i0 != j0:
+            dq[j0 : j0 + n].addmm_(tile.t(), q)
+        if dk is not None:
+            dk[j0 : j0 + n].addmm_(tile.t(), q)
+        if dbias is not None:
+            dbias[j0 : j0 + n] += tile.sum(0)
+    return dq, dk, dbias
+
+
+def _blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    return [(i, min(size, stop - i)) for i in range(start, stop, size)]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
