@@ -2,6 +2,7 @@
 // GIL and trust their caller; shapes and dtypes are checked in fastcontrast/ops. An address of 0 means "absent".
 #include <pybind11/pybind11.h>
 
+#include "common/memory.h"
 #include "cpu/similarity_lse.h"
 
 namespace py = pybind11;
@@ -19,6 +20,8 @@ T* at(Address address) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+    m.def("huge_pages", &huge_pages, py::arg("address"), py::arg("bytes"));
+
     py::class_<Logits>(m, "Logits")
         .def(py::init([](float scale, Address key_bias, Address query_ids, Address key_ids, Address guide_limit,
                          Address positives) {
@@ -32,10 +35,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
              py::arg("scale"), py::arg("key_bias") = 0, py::arg("query_ids") = 0, py::arg("key_ids") = 0,
              py::arg("guide_limit") = 0, py::arg("positives") = 0);
     py::class_<Tile>(m, "Tile").def(
-        py::init([](Address data, int64_t stride, int64_t i0, int64_t rows, int64_t j0, int64_t columns, Address guide) {
-            return Tile{at<float>(data), stride, i0, rows, j0, columns, at<float>(guide)};
+        py::init([](Address data, int64_t i0, int64_t rows, int64_t j0, int64_t columns, Address guide) {
+            return Tile{at<float>(data), i0, rows, j0, columns, at<float>(guide)};
         }),
-        py::arg("data"), py::arg("stride"), py::arg("i0"), py::arg("rows"), py::arg("j0"), py::arg("columns"),
+        py::arg("data"), py::arg("i0"), py::arg("rows"), py::arg("j0"), py::arg("columns"),
         py::arg("guide") = 0);
     py::class_<Online>(m, "Online").def(py::init([](Address max, Address sum, Address best) {
                                             return Online{at<float>(max), at<float>(sum), at<int64_t>(best)};
@@ -56,12 +59,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("threads") = 1);
     m.def(
         "weights",
-        [](const Logits& logits, const Tile& target, Address source, int64_t source_stride, const Softmax& rows,
+        [](const Logits& logits, const Tile& target, Address source, const Softmax& rows,
            const Softmax& columns, int threads) {
             py::gil_scoped_release release;
-            weights(logits, target, at<float>(source), source_stride, rows, columns, threads);
+            weights(logits, target, at<float>(source), rows, columns, threads);
         },
-        py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("source_stride"), py::arg("rows"),
+        py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("rows"),
         py::arg("columns"), py::arg("threads") = 1);
     m.def(
         "finish",

@@ -108,7 +108,7 @@ FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t b
         const int64_t last = std::min(group + kRows, end);
         if (columns) previous = columns->max;
         for (int64_t i = group; i < last; ++i) {
-            float* row = tile.data + i * tile.stride;
+            float* row = tile.data + i * tile.n;
             logits_row(logits, tile, i, row);
             if (columns) {
                 if (!columns->best.empty())
@@ -137,7 +137,7 @@ FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t b
             float* __restrict sum = columns->sum.data();
             std::fill_n(part, n, 0.0f);
             for (int64_t i = group; i < last; ++i) {
-                const float* __restrict row = tile.data + i * tile.stride;
+                const float* __restrict row = tile.data + i * tile.n;
 #pragma omp simd
                 for (int64_t j = 0; j < n; ++j) part[j] += exp_fast(row[j] - finite(max[j]));
             }
@@ -167,13 +167,13 @@ FC_INLINE float flush(float x) { return std::fabs(x) < FLT_MIN ? 0.0f : x; }
 // A row with nothing left has lse -inf; against FLT_MAX each of its weights is 0, where -inf - -inf would be NaN.
 FC_INLINE float unless_empty(float lse) { return lse < -FLT_MAX ? FLT_MAX : lse; }
 
-FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const float* source, int64_t source_stride,
-                                   int64_t begin, int64_t end, Softmax rows, Softmax columns) {
+FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const float* source, int64_t begin,
+                                   int64_t end, Softmax rows, Softmax columns) {
     const int64_t n = tile.n;
     for (int64_t i = begin; i < end; ++i) {
-        float* target = tile.data + i * tile.stride;
+        float* target = tile.data + i * tile.n;
         if (source) {
-            std::copy_n(source + i * source_stride, n, target);
+            std::copy_n(source + i * n, n, target);
         } else {
             logits_row(logits, tile, i, target);
         }
@@ -218,13 +218,13 @@ void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, fl
     for (const ColumnState& state : states) merge_columns(tile, columns, state, 0, tile.n);
 }
 
-void weights(const Logits& logits, const Tile& target, const float* source, int64_t source_stride, Softmax rows,
-             Softmax columns, int threads) {
+void weights(const Logits& logits, const Tile& target, const float* source, Softmax rows, Softmax columns,
+             int threads) {
     const int count = team(threads, target.m * target.n);
     const int64_t share = (target.m + count - 1) / count;
 #pragma omp parallel for num_threads(count) schedule(static, 1)
     for (int t = 0; t < count; ++t)
-        weights_rows(logits, target, source, source_stride, std::min(t * share, target.m),
+        weights_rows(logits, target, source, std::min(t * share, target.m),
                      std::min((t + 1) * share, target.m), rows, columns);
 }
 

@@ -17,10 +17,9 @@ struct Logits {
 };
 
 struct Tile {
-    float* data;
-    int64_t stride;
+    float* data;  // [m, n] contiguous
     int64_t i0, m, j0, n;
-    const float* guide;  // [m, n] contiguous, or null
+    const float* guide;  // [m, n], or null
 };
 
 // Running maximum, Σ exp(L - maximum), and the first index of the maximum, of each row (or column).
@@ -42,9 +41,8 @@ struct Softmax {
     const float* low;
 };
 
-// target_ij = rows' + columns' share. `source` holds logits (kept by `lse`) or, if null, the target holds raw products.
-void weights(const Logits&, const Tile& target, const float* source, int64_t source_stride, Softmax rows,
-             Softmax columns, int threads);
+// target_ij = rows' + columns' share. `source` [m, n] holds logits kept from `lse` or, if null, the target holds raw products.
+void weights(const Logits&, const Tile& target, const float* source, Softmax rows, Softmax columns, int threads);
 
 // high + low = max + log(sum), in double and split in two floats.
 void finish(const float* max, const float* sum, float* high, float* low, int64_t count);

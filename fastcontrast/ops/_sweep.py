@@ -22,6 +22,7 @@ from ._dispatch import native
 
 # 8 MiB of float32: large enough for the library's full speed, small enough to stay in a last-level cache.
 ROWS, COLUMNS = 1024, 2048
+HUGE_PAGES_FROM = 4 << 20
 MIN_KEPT_ROWS = 256  # a thinner first block would slow its product more than keeping it saves
 
 
@@ -63,8 +64,8 @@ class Sweep:
         self._keys_block: tuple[int, Tensor | None] = (-1, None)
         self.columns = ROWS if self.symmetric else COLUMNS
         entries = min(self.m, ROWS) * min(self.n, self.columns)
-        self.buffer = queries.new_empty(entries, dtype=torch.float32)
-        self.guide_buffer = None if masks.guide_queries is None else torch.empty_like(self.buffer)
+        self.buffer = _empty(entries)
+        self.guide_buffer = None if masks.guide_queries is None else _empty(entries)
         self.key_bias = None if key_bias is None else key_bias.float().contiguous()
         self.logits = native.Logits(
             scale=float(scale),
@@ -98,10 +99,14 @@ class Sweep:
         return self._keys_block[1]
 
     def tile(self, i0: int, rows: int, j0: int, columns: int, kept: Tensor | None = None) -> Tensor:
-        """Where the tile's numbers go: [rows, columns], in the kept logits or in the shared buffer."""
+        """Where the tile's numbers go: [rows, columns] contiguous, in the kept logits or in the shared buffer.
+
+        Kept logits lie tile after tile: with rows a power of two apart, a product would write into few cache sets.
+        """
+        buffer, start = self.buffer, 0
         if kept is not None and i0 < kept.shape[0]:
-            return kept[i0 : i0 + rows, j0 : j0 + columns]
-        return self.buffer[: rows * columns].view(rows, columns)
+            buffer, start = kept.view(-1), i0 * self.n + rows * j0
+        return buffer[start : start + rows * columns].view(rows, columns)
 
     def native_tile(self, tile: Tensor, i0: int, j0: int, *, guide: bool = True) -> object:
         rows, columns = tile.shape
@@ -112,8 +117,8 @@ class Sweep:
                 self.masks.guide_keys[j0 : j0 + columns].float().t(),
                 out=similarity,
             )
-            return native.Tile(tile.data_ptr(), tile.stride(0), i0, rows, j0, columns, similarity.data_ptr())
-        return native.Tile(tile.data_ptr(), tile.stride(0), i0, rows, j0, columns)
+            return native.Tile(tile.data_ptr(), i0, rows, j0, columns, similarity.data_ptr())
+        return native.Tile(tile.data_ptr(), i0, rows, j0, columns)
 
 
 class _Running:
@@ -136,7 +141,7 @@ def lse(sweep: Sweep, rows: bool, columns: bool, best: bool, keep: int) -> tuple
     row_state = _Running(sweep.m, best, rows)
     column_state = _Running(sweep.n, best, columns)
     mirrored = row_state.native if sweep.symmetric else column_state.native
-    kept = sweep.buffer.new_empty(keep, sweep.n)
+    kept = _empty(keep, sweep.n)
     for i0, m, j0, n in sweep.tiles(keep):
         tile = sweep.tile(i0, m, j0, n, kept)
         torch.mm(sweep.queries_block(i0, m), sweep.keys_block(j0, n).t(), out=tile)
@@ -191,14 +196,11 @@ def gradients(
     for i0, m, j0, n in sweep.tiles(keep):
         q, k = sweep.queries_block(i0, m), sweep.keys_block(j0, n)
         tile = sweep.tile(i0, m, j0, n)
-        source, stride = 0, 0
-        if i0 < keep:
-            logits = kept[i0 : i0 + m, j0 : j0 + n]
-            source, stride = logits.data_ptr(), logits.stride(0)
-        else:
+        source = sweep.tile(i0, m, j0, n, kept).data_ptr() if i0 < keep else 0
+        if not source:
             torch.mm(q, k.t(), out=tile)
         native_tile = sweep.native_tile(tile, i0, j0, guide=not source)
-        native.weights(sweep.logits, native_tile, source, stride, row_softmax, column_softmax, sweep.threads)
+        native.weights(sweep.logits, native_tile, source, row_softmax, column_softmax, sweep.threads)
         if dq is not None:
             dq[i0 : i0 + m].addmm_(tile, k)
         if sweep.symmetric and i0 != j0:
@@ -212,6 +214,13 @@ def gradients(
 
 def _blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     return [(i, min(size, stop - i)) for i in range(start, stop, size)]
+
+
+def _empty(*shape: int) -> Tensor:
+    buffer = torch.empty(shape, dtype=torch.float32)
+    if buffer.nbytes >= HUGE_PAGES_FROM:
+        native.huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer
 
 
 def _address(tensor: Tensor | None) -> int:

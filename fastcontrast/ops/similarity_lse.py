@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import _check as check
 from . import _sweep
+from ._autocast import without_autocast
 from ._dispatch import choose, refuse_cpu, register
 from ._sweep import Masks
 from ._workspace import workspace_bytes
@@ -90,6 +91,7 @@ _library.define(
 N_PROBLEM = 10  # tensors that state the problem, first in both schemas
 
 
+@without_autocast
 def _forward_cpu(queries, keys, scale, key_bias, *rest):
     masks, (rows, columns, best, mix, keep) = Masks(*rest[:6]), rest[6:]
     sweep = _sweep.Sweep(queries, keys, scale, key_bias, masks)
@@ -101,6 +103,7 @@ def _forward_cpu(queries, keys, scale, key_bias, *rest):
     return r.high, c.high, r.best, c.best, r.low, c.low, kept, nothing
 
 
+@without_autocast
 def _backward_cpu(queries, keys, scale, key_bias, *rest):
     masks = Masks(*rest[:6])
     g, h, r, c, r_low, c_low, kept, mix, needs = rest[6:]
@@ -201,6 +204,7 @@ class _Eager(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------------------------- public
 
 
+@without_autocast
 def similarity_lse(
     queries: Tensor,  # [M, D]
     keys: Tensor,  # [N, D]

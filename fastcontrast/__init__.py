@@ -1,0 +1,33 @@
+"""Contrastive learning and contrastive decoding that never store what they need not store."""
+
+from .grad_cache import GradCache
+from .losses import (
+    ClipLoss,
+    InfoNCELoss,
+    MultiPositiveLoss,
+    NTXentLoss,
+    SupConLoss,
+    clip_loss,
+    info_nce,
+    multi_positive_loss,
+    nt_xent_loss,
+    supcon_loss,
+)
+from .ops import set_workspace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ClipLoss",
+    "GradCache",
+    "InfoNCELoss",
+    "MultiPositiveLoss",
+    "NTXentLoss",
+    "SupConLoss",
+    "clip_loss",
+    "info_nce",
+    "multi_positive_loss",
+    "nt_xent_loss",
+    "set_workspace",
+    "supcon_loss",
+]

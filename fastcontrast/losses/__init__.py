@@ -1,0 +1,19 @@
+"""Losses: functions, and modules that hold a scale and settings. All are algebra on `ops.similarity_lse`."""
+
+from .clip import ClipLoss, clip_loss
+from .info_nce import InfoNCELoss, info_nce
+from .multi_positive import MultiPositiveLoss, SupConLoss, multi_positive_loss, supcon_loss
+from .nt_xent import NTXentLoss, nt_xent_loss
+
+__all__ = [
+    "ClipLoss",
+    "InfoNCELoss",
+    "MultiPositiveLoss",
+    "NTXentLoss",
+    "SupConLoss",
+    "clip_loss",
+    "info_nce",
+    "multi_positive_loss",
+    "nt_xent_loss",
+    "supcon_loss",
+]

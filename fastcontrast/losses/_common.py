@@ -1,0 +1,145 @@
+"""What the losses share: positives, sums of logits, reduction, and the module that holds a scale and settings."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from fastcontrast.ops import _check as check
+
+
+def float32(x: Tensor) -> Tensor:
+    """Half-precision features as float32, once.
+
+    The gradient of a loss is a difference, Σ_j softmax_j k_j − k_pos; summed in float32 and rounded once it keeps its
+    digits, where two half-precision terms would have lost them.
+    """
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def features(op: str, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Checked and in float32 (float64 stays); `keys is queries` survives."""
+    check.matrix(op, "queries", queries)
+    if keys is queries:
+        queries = float32(queries)
+        return queries, queries
+    check.matrix(op, "keys", keys, queries.shape[1])
+    check.same_kind(op, "keys", keys, queries, dtype=False)
+    queries, keys = float32(queries), float32(keys)
+    check.same_kind(op, "keys", keys, queries)
+    return queries, keys
+
+
+def own_index(op: str, queries: Tensor, keys: Tensor, positives: Tensor | None) -> Tensor | None:
+    """Index of each row's own key [M]; None stands for 0 … M − 1."""
+    m, n = queries.shape[0], keys.shape[0]
+    if positives is None:
+        if m > n:
+            raise ValueError(f"{op}: positives must be given when there are more queries ({m}) than keys ({n})")
+        return None
+    check.vector(op, "positives", positives, m, queries, floating=False)
+    if positives.device.type == "cpu" and not torch.compiler.is_compiling() and m:
+        low, high = int(positives.min()), int(positives.max())
+        if low < 0 or high >= n:
+            raise ValueError(f"{op}: positives must lie in [0, {n}), got values in [{low}, {high}]")
+    return positives.long()
+
+
+def pick(x: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """Rows of `x` at `index`, or its first `count`."""
+    if index is not None:
+        return x.index_select(0, index)
+    return x if x.shape[0] == count else x[:count]
+
+
+def segments(ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Sorted ids and, for each original position, the first sorted position of its id: a code that equal ids share.
+
+    Sorting gives shapes that depend on no value, so that compiled graphs stay whole; `unique` would not.
+    """
+    ordered = ids.sort().values
+    return ordered, torch.searchsorted(ordered, ids)
+
+
+def segment_sums(values: Tensor, ids: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """For each query: the sum of the values [N, D] whose id equals its own, [M, D], and how many there are, [M]."""
+    n = ids.shape[0]
+    counts = torch.zeros(query_ids.shape[0], dtype=values.dtype, device=values.device)
+    if n == 0:
+        return values.new_zeros(query_ids.shape[0], values.shape[1]), counts
+    ordered, codes = segments(ids)
+    sums = values.new_zeros(n, values.shape[1]).index_add(0, codes, values)
+    first = torch.searchsorted(ordered, query_ids)
+    count = torch.searchsorted(ordered, query_ids, right=True) - first
+    found = sums.index_select(0, first.clamp(max=n - 1))
+    return found * (count > 0)[:, None], count.to(values.dtype)
+
+
+def reduce(op: str, losses: Tensor, weights: Tensor | None, reduction: str, count: Tensor | int | None = None) -> Tensor:
+    """`none`: per row; `sum`; `mean`: over `count` rows (default all), 0 where there is none."""
+    if weights is not None:
+        check.vector(op, "weights", weights, losses.shape[0], losses, floating=True)
+        losses = losses * weights
+    check.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
+    if reduction == "none":
+        return losses
+    if reduction == "mean" and count is None and losses.shape[0]:
+        return losses.mean()
+    total = losses.sum()
+    if reduction == "sum":
+        return total
+    if isinstance(count, Tensor):
+        return total / count.clamp(min=1)
+    return total / max(count or 0, 1)
+
+
+class ScaledLoss(nn.Module):
+    """A loss function with its settings and a scale (1 / temperature), fixed or learned.
+
+    Args:
+        scale: initial scale.
+        learnable: learn `log_scale`; the scale is then exp(log_scale), kept at or below `max_scale`.
+        max_scale: upper limit of a learned scale (100 in CLIP).
+        settings: any keyword argument of the function, fixed for all calls; `forward` may override them.
+    """
+
+    function: ClassVar[Callable[..., Any]]
+    default_scale: ClassVar[float]
+
+    def __init__(self, scale: float | None = None, *, learnable: bool = False, max_scale: float = 100.0, **settings: Any):
+        super().__init__()
+        name = type(self).__name__
+        scale = self.default_scale if scale is None else float(scale)
+        if not scale > 0 or (learnable and scale > max_scale):
+            limit = f" and at most max_scale = {max_scale}" if learnable else ""
+            raise ValueError(f"{name}: scale must be positive{limit}, got {scale}")
+        allowed = [p.name for p in inspect.signature(type(self).function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        if unknown := sorted(set(settings) - set(allowed)):
+            raise TypeError(f"{name}: settings must be among {', '.join(allowed)}, got {', '.join(unknown)}")
+        self.max_scale, self.settings = max_scale, settings
+        log_scale = torch.tensor(math.log(scale))
+        if learnable:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """1 / temperature, 0-dim."""
+        return self.log_scale.exp()
+
+    def forward(self, *inputs: Tensor, **settings: Any) -> Any:
+        if isinstance(self.log_scale, nn.Parameter):
+            with torch.no_grad():  # a clamp inside the graph would leave a scale beyond the limit without gradient
+                self.log_scale.clamp_(max=math.log(self.max_scale))
+        return type(self).function(*inputs, self.scale, **{**self.settings, **settings})
+
+    def extra_repr(self) -> str:
+        learnable = isinstance(self.log_scale, nn.Parameter)
+        parts = [f"scale={float(self.scale):.4g}", f"learnable={learnable}"]
+        return ", ".join(parts + [f"{name}={value!r}" for name, value in self.settings.items()])

@@ -1,0 +1,262 @@
+"""InfoNCE in all its directions, with hard negatives, a queue, masks and smoothing: algebra on log-sum-exps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastcontrast.ops import _check as check
+from fastcontrast.ops import similarity_lse
+from fastcontrast.ops._autocast import without_autocast
+
+from ._common import ScaledLoss, features, float32, own_index, pick, reduce, segment_sums
+
+DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
+
+
+@without_autocast
+def info_nce(
+    queries: Tensor,  # [M, D]
+    keys: Tensor,  # [N, D]
+    scale: float | Tensor = 20.0,
+    *,
+    directions: Sequence[str] = ("query_to_key",),
+    joint: bool = True,
+    count_positive_once: bool = False,
+    positives: Tensor | None = None,  # [M] integer
+    hard_negatives: Tensor | None = None,  # [M, K, D]
+    hard_negatives_mask: Tensor | None = None,  # [M, K] bool
+    queue: Tensor | None = None,  # [Q, D]
+    key_bias: Tensor | None = None,  # [N]
+    query_ids: Tensor | None = None,  # [M] integer
+    key_ids: Tensor | None = None,  # [N] integer
+    queue_ids: Tensor | None = None,  # [Q] integer
+    guide: tuple[Tensor, Tensor, Tensor | float] | None = None,  # [M, Dg], [N, Dg], [M]
+    label_smoothing: float = 0.0,
+    weights: Tensor | None = None,  # [M]
+    reduction: str = "mean",
+    return_accuracy: bool = False,
+    workspace: int | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """loss_i = log Σ_candidates exp(logit) − L_{i,own(i)},   L_ij = scale · ⟨q_i, k_j⟩ + key_bias_j,   mean over the M rows.
+
+    Features are taken as they are: normalise them first for cosine similarity. With the defaults this equals
+    `F.cross_entropy(scale * queries @ keys.T, arange(M))`.
+
+    Args:
+        queries, keys: [M, D], [N, D], N ≥ M: row i's own key is i, or `positives[i]`; keys behind the own ones are
+            further negatives of every row.
+        scale: 1 / temperature, number or 0-dim tensor with gradient.
+        directions: what else competes with row i's positive:
+            "query_to_key"    L_ij over all keys j (r_i of the matrix),
+            "key_to_query"    L_j,own(i) over all queries j (the own key's column),
+            "query_to_query"  scale·⟨q_i, q_j⟩ over j ≠ i,
+            "key_to_key"      scale·⟨k_own(i), k_j⟩ over the other keys.
+        joint: True: one softmax over the candidates of all directions together (GTE: all four). False: one softmax a
+            direction (those that hold no positive get it added), the mean of their losses (CLIP: the first two).
+        count_positive_once: the positive lies in "query_to_key" and in "key_to_query": True removes one of them from a
+            joint softmax (GTE counts it twice, so that its minimum is log 2).
+        hard_negatives, hard_negatives_mask: further candidates of row i alone; True entries of the mask are used.
+        queue: further candidates of every row, without gradient (memory bank, MoCo).
+        key_bias: per-key bias, e.g. −log p(key) to correct for how negatives are drawn.
+        query_ids, key_ids, queue_ids: pairs with equal ids do not compete; the own key always stays.
+        guide: (guide_queries, guide_keys, limit): key j does not compete where ⟨gq_i, gk_j⟩ > limit_i; likewise
+            ⟨gq_i, gq_j⟩ and ⟨gk_i, gk_j⟩ for the other directions (GISTEmbed).
+        label_smoothing: share of the target spread evenly over the row's candidates, as in `F.cross_entropy`.
+        weights: [M], multiply the rows' losses; the mean still divides by M.
+        reduction: "mean", "sum", or "none" for [M].
+        return_accuracy: also the share of rows whose own key has the largest logit among the keys (with
+            "key_to_query": averaged with that of the columns among the queries).
+        workspace, implementation: see `similarity_lse`.
+
+    An empty batch gives 0. Raises as `similarity_lse`.
+    Source: van den Oord et al. 2018; joint directions: Li et al. 2023 (GTE).
+    """
+    op = "info_nce"
+    queries, keys = features(op, queries, keys)
+    m = queries.shape[0]
+    own = own_index(op, queries, keys, positives)
+    _check_directions(op, directions, joint, label_smoothing, guide)
+    if queue_ids is not None and (query_ids is None or queue is None):
+        raise ValueError(f"{op}: queue_ids needs queue and query_ids")
+    if label_smoothing and own is not None and query_ids is not None and "key_to_query" in directions:
+        raise ValueError(f'{op}: label_smoothing of "key_to_query" cannot go with ids and positives together')
+    scale = check.scalar(op, "scale", scale, queries)
+    run = {"workspace": workspace, "implementation": implementation}
+    own_keys = pick(keys, own, m)
+    positive = scale * torch.linalg.vecdot(queries, own_keys)
+    if key_bias is not None:
+        positive = positive + pick(key_bias.to(queries.dtype), own, m)
+
+    forward, backward = "query_to_key" in directions, "key_to_query" in directions
+    masks = {"query_ids": query_ids, "key_ids": key_ids, "positives": own, "guide": guide}
+    rows = columns = None
+    hits = []
+    if forward or backward:
+        dim = "both" if forward and backward else "rows" if forward else "columns"
+        swept = similarity_lse(
+            queries, keys, scale, dim=dim, key_bias=key_bias, return_best=return_accuracy, **masks, **run
+        )
+        swept = list(swept) if isinstance(swept, tuple) else [swept]
+        rows = swept.pop(0) if forward else None
+        columns = pick(swept.pop(0), own, m) if backward else None
+        target = torch.arange(m, device=queries.device)
+        if return_accuracy:
+            hits += [swept.pop(0) == (target if own is None else own)] if forward else []
+            hits += [pick(swept.pop(0), own, m) == target] if backward else []
+    elif return_accuracy:
+        raise ValueError(f'{op}: return_accuracy needs the direction "query_to_key" or "key_to_query"')
+
+    blocks = [block for block in (rows, columns) if block is not None]
+    if "query_to_query" in directions:
+        blocks.append(_same_side(queries, queries, scale, None, query_ids, query_ids, _one_guide(guide, 0, None, m), run))
+    if "key_to_key" in directions:
+        one_guide = _one_guide(guide, 1, own, m)
+        blocks.append(_same_side(own_keys, keys, scale, own, _ids(key_ids, own, m), key_ids, one_guide, run))
+    extra = _extra_logits(op, queries, scale, hard_negatives, hard_negatives_mask)
+    queue_lse = None
+    if queue is not None:
+        check.matrix(op, "queue", queue, queries.shape[1])
+        queue = float32(queue).detach()
+        ids = {"query_ids": query_ids, "key_ids": queue_ids, "positives": -1} if queue_ids is not None else {}
+        queue_lse = similarity_lse(queries, queue, scale, **ids, **run)
+
+    extras = [] if extra is None else [extra]
+    extras += [] if queue_lse is None else [queue_lse[:, None]]
+    has_positive = int(forward) + int(backward)
+    if joint:
+        losses = _joint(blocks, extras, positive, has_positive, count_positive_once) - positive
+    else:
+        terms = [block if i < has_positive else torch.logaddexp(block, positive) for i, block in enumerate(blocks)]
+        terms = [_with_extras(term, extras) for term in terms]
+        losses = sum(terms) / len(terms) - positive
+    if label_smoothing:
+        smooth = []
+        if forward:
+            queue_terms = None if queue is None else (queue, queue_ids)
+            ids = None if query_ids is None else (query_ids, key_ids, _ids(key_ids, own, m))
+            smooth.append(_mean_logit(queries, keys, scale, key_bias, positive, ids, extra, queue_terms))
+        if backward:
+            bias = None if key_bias is None else pick(key_bias, own, m)
+            ids = None if query_ids is None else (_ids(key_ids, own, m), query_ids, query_ids)
+            mean = _mean_logit(own_keys, queries, scale, None, positive if bias is None else positive - bias, ids)
+            smooth.append(mean if bias is None else mean + bias)
+        losses = losses + label_smoothing * (positive - sum(smooth) / len(smooth))
+    loss = reduce(op, losses, weights, reduction)
+    if not return_accuracy:
+        return loss
+    return loss, torch.stack([hit.float().mean() if m else hit.sum().float() for hit in hits]).mean()
+
+
+class InfoNCELoss(ScaledLoss):
+    """`info_nce` as a module: `InfoNCELoss(scale=20.0)(queries, keys)`; see there for equation and settings."""
+
+    function = staticmethod(info_nce)
+    default_scale = 20.0
+
+
+def _check_directions(op: str, directions: Sequence[str], joint: bool, label_smoothing: float, guide) -> None:
+    if isinstance(directions, str) or not directions:
+        raise ValueError(f"{op}: directions must be a non-empty sequence of names, got {directions!r}")
+    for direction in directions:
+        check.one_of(op, "directions", direction, DIRECTIONS)
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"{op}: label_smoothing must lie in [0, 1), got {label_smoothing}")
+    if label_smoothing and guide is not None:
+        raise ValueError(f"{op}: label_smoothing cannot go with guide: which candidates remain is known to no sum")
+    if label_smoothing and ((joint and len(directions) > 1) or not set(directions) <= set(DIRECTIONS[:2])):
+        raise ValueError(
+            f'{op}: label_smoothing needs "query_to_key" and/or "key_to_query", joint=False for both, '
+            f"got directions={tuple(directions)} and joint={joint}"
+        )
+
+
+def _ids(ids: Tensor | None, own: Tensor | None, m: int) -> Tensor | None:
+    return None if ids is None else pick(ids, own, m)
+
+
+def _one_guide(guide, side: int, own: Tensor | None, m: int):
+    """The guide of one side against itself, under the same limits."""
+    if guide is None:
+        return None
+    return (guide[0] if side == 0 else pick(guide[1], own, m)), guide[side], guide[2]
+
+
+def _same_side(rows, candidates, scale, own, row_ids, candidate_ids, guide, run) -> Tensor:
+    """log Σ exp of rows against candidates of their own kind, each row's own candidate and equal ids left out."""
+    m, n = rows.shape[0], candidates.shape[0]
+    index = torch.arange(n, device=rows.device)
+    if row_ids is None:
+        row_ids, candidate_ids = (index if m == n and own is None else pick(index, own, m)), index
+        if m == n and own is None:
+            candidates = rows  # one tensor: the sweep then computes half of the symmetric matrix
+    return similarity_lse(
+        rows, candidates, scale, query_ids=row_ids, key_ids=candidate_ids, positives=-1, guide=guide, **run
+    )
+
+
+def _extra_logits(op: str, queries: Tensor, scale: Tensor, negatives: Tensor | None, mask: Tensor | None) -> Tensor | None:
+    if negatives is None:
+        if mask is not None:
+            raise ValueError(f"{op}: hard_negatives_mask needs hard_negatives")
+        return None
+    m, d = queries.shape
+    if negatives.ndim != 3 or negatives.shape[0] != m or negatives.shape[2] != d:
+        raise ValueError(f"{op}: hard_negatives must be [{m}, K, {d}], got {list(negatives.shape)}")
+    logits = scale * torch.einsum("md,mkd->mk", queries, float32(negatives))
+    if mask is None:
+        return logits
+    if mask.shape != logits.shape or mask.dtype != torch.bool:
+        raise ValueError(
+            f"{op}: hard_negatives_mask must be bool {list(logits.shape)}, got {mask.dtype} {list(mask.shape)}"
+        )
+    return logits.masked_fill(~mask, float("-inf"))
+
+
+def _with_extras(lse: Tensor, extras: list[Tensor]) -> Tensor:
+    return torch.logsumexp(torch.cat([lse[:, None], *extras], 1), 1) if extras else lse
+
+
+def _joint(blocks, extras, positive, has_positive: int, count_positive_once: bool) -> Tensor:
+    if not has_positive:
+        blocks = [positive, *blocks]
+    elif has_positive == 2 and count_positive_once:
+        # e^r + e^c − e^p. The column keeps the rest of its mass; what cancels is below the rounding of e^r ≥ e^p.
+        rows, columns, *others = blocks
+        top = torch.maximum(rows, columns).detach()
+        both = (rows - top).exp() + (columns - top).exp() - (positive - top).exp()
+        blocks = [both.log() + top, *others]
+    if len(blocks) == 1:
+        return _with_extras(blocks[0], extras)
+    return _with_extras(torch.logsumexp(torch.stack(blocks, 1), 1), extras)
+
+
+def _mean_logit(rows, candidates, scale, bias, positive, ids, extra=None, queue=None) -> Tensor:
+    """Mean logit over a row's candidates: sums of logits are logits of sums, so no matrix is needed.
+
+    `ids`: of the rows, of the candidates, and of each row's own candidate, or None.
+    """
+    bias = rows.new_zeros(candidates.shape[0]) if bias is None else bias.to(rows.dtype)
+    total = scale * (rows @ candidates.sum(0)) + bias.sum()
+    count = rows.new_full((rows.shape[0],), candidates.shape[0])
+    if ids is not None:  # equal ids do not compete, but the own candidate does
+        row_ids, candidate_ids, own_ids = ids
+        with_bias = torch.cat([candidates, bias[:, None]], 1)
+        same, number = segment_sums(with_bias, candidate_ids, row_ids)
+        masked = scale * torch.linalg.vecdot(rows, same[:, :-1]) + same[:, -1]
+        own_masked = row_ids == own_ids
+        total = total - masked + positive * own_masked
+        count = count - number + own_masked
+    if extra is not None:
+        used = ~torch.isneginf(extra)
+        total, count = total + extra.masked_fill(~used, 0.0).sum(1), count + used.sum(1)
+    if queue is not None:
+        negatives, queue_ids = queue
+        total, count = total + scale * (rows @ negatives.sum(0)), count + negatives.shape[0]
+        if queue_ids is not None:
+            same, number = segment_sums(negatives, queue_ids, ids[0])
+            total, count = total - scale * torch.linalg.vecdot(rows, same), count - number
+    return total / count

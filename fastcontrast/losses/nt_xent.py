@@ -1,0 +1,72 @@
+"""NT-Xent, the loss of SimCLR: two views of each sample in one set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcontrast.ops import _check as check
+from fastcontrast.ops import similarity_lse
+from fastcontrast.ops._autocast import without_autocast
+
+from ._common import ScaledLoss, features, reduce
+
+
+@without_autocast
+def nt_xent_loss(
+    view1: Tensor,  # [N, D]
+    view2: Tensor,  # [N, D]
+    scale: float | Tensor = 2.0,
+    *,
+    ids: Tensor | None = None,  # [N] integer
+    weights: Tensor | None = None,  # [N]
+    reduction: str = "mean",
+    return_accuracy: bool = False,
+    workspace: int | None = None,
+    implementation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """loss_u = −log( exp L_uu' / Σ_{v ≠ u} exp L_uv ),   L = scale · z zᵀ,   z = [view1; view2],   u' the other view of u.
+
+    Mean over the 2N rows. Views are taken as they are: normalise them first. L is symmetric, and half of it is computed.
+
+    Args:
+        view1, view2: [N, D], pairs in order.
+        scale: 1 / temperature (0.5 in SimCLR's default, scale 2), number or 0-dim tensor with gradient.
+        ids: [N]; samples with equal ids are not negatives of each other.
+        reduction: "none" gives [N]: the mean of both views' rows.
+        weights, return_accuracy, workspace, implementation: see `info_nce`.
+
+    Source: Chen et al. 2020 (SimCLR).
+    """
+    op = "nt_xent_loss"
+    view1, view2 = features(op, view1, view2)
+    n = view1.shape[0]
+    if view2.shape[0] != n:
+        raise ValueError(f"{op}: view2 must have {n} rows like view1, got {view2.shape[0]}")
+    views = torch.cat([view1, view2])
+    scale = check.scalar(op, "scale", scale, views)
+    index = torch.arange(2 * n, device=views.device)
+    run = {"workspace": workspace, "implementation": implementation, "return_best": return_accuracy}
+    if ids is None:
+        swept = similarity_lse(views, views, scale, query_ids=index, key_ids=index, positives=-1, **run)
+    else:
+        check.vector(op, "ids", ids, n, view1, floating=False)
+        both = torch.cat([ids, ids])
+        # The row itself shares its id and is masked; the other view shares it too and is protected.
+        other = torch.cat([index[n:], index[:n]])
+        swept = similarity_lse(views, views, scale, query_ids=both, key_ids=both, positives=other, **run)
+    lse, best = swept if return_accuracy else (swept, None)
+    positive = scale * torch.linalg.vecdot(view1, view2)
+    losses = (lse[:n] + lse[n:]) / 2 - positive
+    loss = reduce(op, losses, weights, reduction)
+    if not return_accuracy:
+        return loss
+    hits = best == torch.cat([index[n:], index[:n]])
+    return loss, hits.float().mean() if n else hits.sum().float()
+
+
+class NTXentLoss(ScaledLoss):
+    """`nt_xent_loss` as a module: `NTXentLoss(scale=2.0)(view1, view2)`; see there for equation and settings."""
+
+    function = staticmethod(nt_xent_loss)
+    default_scale = 2.0
