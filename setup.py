@@ -1,4 +1,4 @@
-"""Builds fastcontrast: the Python package, and a C++ core that needs pybind11 and a C++17 compiler but no torch headers.
+"""Builds fastcontrast: the Python package, and a C++ core that needs pybind11 and a C++17 compiler, no torch headers.
 
 `kernels/` and `benchmarks/` stand at the top of the repository and are installed inside the package, as
 `fastcontrast.kernels` and `fastcontrast.benchmarks`. Without a compiler the install goes on and every operation runs

@@ -80,7 +80,9 @@ def segment_sums(values: Tensor, ids: Tensor, query_ids: Tensor) -> tuple[Tensor
     return found * (count > 0)[:, None], count.to(values.dtype)
 
 
-def reduce(op: str, losses: Tensor, weights: Tensor | None, reduction: str, count: Tensor | int | None = None) -> Tensor:
+def reduce(
+    op: str, losses: Tensor, weights: Tensor | None, reduction: str, count: Tensor | int | None = None
+) -> Tensor:
     """`none`: per row; `sum`; `mean`: over `count` rows (default all), 0 where there is none."""
     if weights is not None:
         check.vector(op, "weights", weights, losses.shape[0], losses, floating=True)
@@ -111,14 +113,18 @@ class ScaledLoss(nn.Module):
     function: ClassVar[Callable[..., Any]]
     default_scale: ClassVar[float]
 
-    def __init__(self, scale: float | None = None, *, learnable: bool = False, max_scale: float = 100.0, **settings: Any):
+    def __init__(
+        self, scale: float | None = None, *, learnable: bool = False, max_scale: float = 100.0, **settings: Any
+    ):
         super().__init__()
         name = type(self).__name__
         scale = self.default_scale if scale is None else float(scale)
         if not scale > 0 or (learnable and scale > max_scale):
             limit = f" and at most max_scale = {max_scale}" if learnable else ""
             raise ValueError(f"{name}: scale must be positive{limit}, got {scale}")
-        allowed = [p.name for p in inspect.signature(type(self).function).parameters.values() if p.kind == p.KEYWORD_ONLY]
+        allowed = [
+            p.name for p in inspect.signature(type(self).function).parameters.values() if p.kind == p.KEYWORD_ONLY
+        ]
         if unknown := sorted(set(settings) - set(allowed)):
             raise TypeError(f"{name}: settings must be among {', '.join(allowed)}, got {', '.join(unknown)}")
         self.max_scale, self.settings = max_scale, settings
@@ -141,5 +147,5 @@ class ScaledLoss(nn.Module):
 
     def extra_repr(self) -> str:
         learnable = isinstance(self.log_scale, nn.Parameter)
-        parts = [f"scale={float(self.scale):.4g}", f"learnable={learnable}"]
+        parts = [f"scale={self.scale.item():.4g}", f"learnable={learnable}"]
         return ", ".join(parts + [f"{name}={value!r}" for name, value in self.settings.items()])

@@ -41,7 +41,7 @@ def info_nce(
     workspace: int | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """loss_i = log Σ_candidates exp(logit) − L_{i,own(i)},   L_ij = scale · ⟨q_i, k_j⟩ + key_bias_j,   mean over the M rows.
+    """loss_i = log Σ_candidates exp(logit) − L_{i,own(i)},   L_ij = scale · ⟨q_i, k_j⟩ + key_bias_j,   mean over rows.
 
     Features are taken as they are: normalise them first for cosine similarity. With the defaults this equals
     `F.cross_entropy(scale * queries @ keys.T, arange(M))`.
@@ -112,7 +112,9 @@ def info_nce(
 
     blocks = [block for block in (rows, columns) if block is not None]
     if "query_to_query" in directions:
-        blocks.append(_same_side(queries, queries, scale, None, query_ids, query_ids, _one_guide(guide, 0, None, m), run))
+        blocks.append(
+            _same_side(queries, queries, scale, None, query_ids, query_ids, _one_guide(guide, 0, None, m), run)
+        )
     if "key_to_key" in directions:
         one_guide = _one_guide(guide, 1, own, m)
         blocks.append(_same_side(own_keys, keys, scale, own, _ids(key_ids, own, m), key_ids, one_guide, run))
@@ -135,15 +137,15 @@ def info_nce(
         losses = sum(terms) / len(terms) - positive
     if label_smoothing:
         smooth = []
+        others = _extra_sum(queries, scale, extra, None if queue is None else (queue, queue_ids, query_ids))
         if forward:
-            queue_terms = None if queue is None else (queue, queue_ids)
             ids = None if query_ids is None else (query_ids, key_ids, _ids(key_ids, own, m))
-            smooth.append(_mean_logit(queries, keys, scale, key_bias, positive, ids, extra, queue_terms))
+            smooth.append(_mean_logit(queries, keys, scale, key_bias, positive, ids, others))
         if backward:
-            bias = None if key_bias is None else pick(key_bias, own, m)
+            # every logit of the own key's column carries that key's bias
+            bias = positive.new_zeros(m) if key_bias is None else pick(key_bias.to(queries.dtype), own, m)
             ids = None if query_ids is None else (_ids(key_ids, own, m), query_ids, query_ids)
-            mean = _mean_logit(own_keys, queries, scale, None, positive if bias is None else positive - bias, ids)
-            smooth.append(mean if bias is None else mean + bias)
+            smooth.append(_mean_logit(own_keys, queries, scale, None, positive, ids, others, row_bias=bias))
         losses = losses + label_smoothing * (positive - sum(smooth) / len(smooth))
     loss = reduce(op, losses, weights, reduction)
     if not return_accuracy:
@@ -198,7 +200,9 @@ def _same_side(rows, candidates, scale, own, row_ids, candidate_ids, guide, run)
     )
 
 
-def _extra_logits(op: str, queries: Tensor, scale: Tensor, negatives: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def _extra_logits(
+    op: str, queries: Tensor, scale: Tensor, negatives: Tensor | None, mask: Tensor | None
+) -> Tensor | None:
     if negatives is None:
         if mask is not None:
             raise ValueError(f"{op}: hard_negatives_mask needs hard_negatives")
@@ -234,29 +238,43 @@ def _joint(blocks, extras, positive, has_positive: int, count_positive_once: boo
     return _with_extras(torch.logsumexp(torch.stack(blocks, 1), 1), extras)
 
 
-def _mean_logit(rows, candidates, scale, bias, positive, ids, extra=None, queue=None) -> Tensor:
-    """Mean logit over a row's candidates: sums of logits are logits of sums, so no matrix is needed.
-
-    `ids`: of the rows, of the candidates, and of each row's own candidate, or None.
-    """
-    bias = rows.new_zeros(candidates.shape[0]) if bias is None else bias.to(rows.dtype)
-    total = scale * (rows @ candidates.sum(0)) + bias.sum()
-    count = rows.new_full((rows.shape[0],), candidates.shape[0])
-    if ids is not None:  # equal ids do not compete, but the own candidate does
-        row_ids, candidate_ids, own_ids = ids
-        with_bias = torch.cat([candidates, bias[:, None]], 1)
-        same, number = segment_sums(with_bias, candidate_ids, row_ids)
-        masked = scale * torch.linalg.vecdot(rows, same[:, :-1]) + same[:, -1]
-        own_masked = row_ids == own_ids
-        total = total - masked + positive * own_masked
-        count = count - number + own_masked
+def _extra_sum(queries, scale, extra, queue) -> tuple[Tensor, Tensor]:
+    """Sum and number of each row's logits to its hard negatives and the queue."""
+    total, count = queries.new_zeros(queries.shape[0]), queries.new_zeros(queries.shape[0])
     if extra is not None:
         used = ~torch.isneginf(extra)
         total, count = total + extra.masked_fill(~used, 0.0).sum(1), count + used.sum(1)
     if queue is not None:
-        negatives, queue_ids = queue
-        total, count = total + scale * (rows @ negatives.sum(0)), count + negatives.shape[0]
+        negatives, queue_ids, query_ids = queue
+        total, count = total + scale * (queries @ negatives.sum(0)), count + negatives.shape[0]
         if queue_ids is not None:
-            same, number = segment_sums(negatives, queue_ids, ids[0])
-            total, count = total - scale * torch.linalg.vecdot(rows, same), count - number
-    return total / count
+            same, number = segment_sums(negatives, queue_ids, query_ids)
+            total, count = total - scale * torch.linalg.vecdot(queries, same), count - number
+    return total, count
+
+
+def _mean_logit(rows, candidates, scale, bias, positive, ids, others, row_bias=None) -> Tensor:
+    """Mean logit over a row's candidates: sums of logits are logits of sums, so no matrix is needed.
+
+    `ids`: of the rows, of the candidates, and of each row's own candidate, or None. `others`: sum and number of logits
+    to candidates of other kinds.
+    """
+    number = candidates.shape[0]
+    total = scale * (rows @ candidates.sum(0))
+    if bias is not None:
+        total = total + bias.to(rows.dtype).sum()
+    if row_bias is not None:
+        total = total + number * row_bias
+    if ids is not None:  # equal ids do not compete, but the own candidate does
+        row_ids, candidate_ids, own_ids = ids
+        values = candidates if bias is None else torch.cat([candidates, bias.to(rows.dtype)[:, None]], 1)
+        sums, masked = segment_sums(values, candidate_ids, row_ids)
+        same = scale * torch.linalg.vecdot(rows, sums[:, : rows.shape[1]])
+        if bias is not None:
+            same = same + sums[:, -1]
+        if row_bias is not None:
+            same = same + masked * row_bias
+        own_masked = row_ids == own_ids
+        total = total - same + positive * own_masked
+        number = number - masked + own_masked
+    return (total + others[0]) / (number + others[1])

@@ -34,7 +34,7 @@ def multi_positive_loss(
     workspace: int | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """loss_i = −1/|P(i)| Σ_{p ∈ P(i)} log softmax_j(L_ij)_p = r_i − 1/|P(i)| Σ_p L_ip,   L_ij = scale · ⟨q_i, k_j⟩ + bias_j.
+    """loss_i = −1/|P(i)| Σ_{p ∈ P(i)} log softmax_j(L_ij)_p = r_i − 1/|P(i)| Σ_p L_ip,   L_ij = scale·⟨q_i, k_j⟩ + b_j.
 
     One direction; mean over the rows that have a positive (`count_empty=True`: over all M); a row without one gives 0.
     Features are taken as they are.
@@ -75,9 +75,7 @@ def multi_positive_loss(
         total = total if bias is None else total + sums[:, -1]
     else:
         if positives.ndim != 2 or positives.shape[0] != m or positives.dtype not in check.INTEGER:
-            raise ValueError(
-                f"{op}: positives must be integer [{m}, P], got {positives.dtype} {list(positives.shape)}"
-            )
+            raise ValueError(f"{op}: positives must be integer [{m}, P], got {positives.dtype} {list(positives.shape)}")
         listed = positives >= 0
         index = positives.long().clamp(min=0)
         chosen = keys[index] * listed[:, :, None]  # [M, P, D]
@@ -111,11 +109,11 @@ def supcon_loss(
     workspace: int | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """loss_i = −1/|P(i)| Σ_{p ∈ P(i)} log( exp L_ip / Σ_{a ≠ i} exp L_ia ),   L = scale · z zᵀ,   P(i) = {p ≠ i : y_p = y_i}.
+    """loss_i = −1/|P(i)| Σ_{p ∈ P(i)} log( exp L_ip / Σ_{a ≠ i} exp L_ia ),   L = scale·z zᵀ,   P(i) = {p ≠ i : y_p = y_i}.
 
     One set of embeddings (stack the views), each against all others; mean over the rows that have a positive
-    (`count_empty=True`: over all N). Embeddings are taken as they are: normalise them first. L is symmetric, and half of
-    it is computed.
+    (`count_empty=True`: over all N). Embeddings are taken as they are: normalise them first. L is symmetric: half of it
+    is computed.
 
     Args:
         embeddings: [N, D].

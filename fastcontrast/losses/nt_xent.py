@@ -25,9 +25,9 @@ def nt_xent_loss(
     workspace: int | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """loss_u = −log( exp L_uu' / Σ_{v ≠ u} exp L_uv ),   L = scale · z zᵀ,   z = [view1; view2],   u' the other view of u.
+    """loss_u = −log( exp L_uu' / Σ_{v ≠ u} exp L_uv ),   L = scale · z zᵀ,   z = [view1; view2],   u' u's other view.
 
-    Mean over the 2N rows. Views are taken as they are: normalise them first. L is symmetric, and half of it is computed.
+    Mean over the 2N rows. Views are taken as they are: normalise them first. L is symmetric: half of it is computed.
 
     Args:
         view1, view2: [N, D], pairs in order.

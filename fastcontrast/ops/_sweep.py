@@ -163,7 +163,12 @@ def lse_and_mix(sweep: Sweep, best: bool) -> tuple[Lse, Tensor]:
         tile = sweep.tile(i0, m, j0, n)
         torch.mm(sweep.queries_block(i0, m), k.t(), out=tile)
         native.lse(
-            sweep.logits, sweep.native_tile(tile, i0, j0), state.native, native.Online(), rescale.data_ptr(), sweep.threads
+            sweep.logits,
+            sweep.native_tile(tile, i0, j0),
+            state.native,
+            native.Online(),
+            rescale.data_ptr(),
+            sweep.threads,
         )
         accumulated = mix[i0 : i0 + m]
         if j0 == 0:

@@ -1,9 +1,9 @@
 """Log-sum-exps of a similarity matrix that is never stored.
 
-    L_ij = scale · ⟨q_i, k_j⟩ + b_j,      r_i = log Σ_j exp L_ij,      c_j = log Σ_i exp L_ij
+L_ij = scale · ⟨q_i, k_j⟩ + b_j,      r_i = log Σ_j exp L_ij,      c_j = log Σ_i exp L_ij
 
-    G_ij = g_i · exp(L_ij − r_i) + h_j · exp(L_ij − c_j)          for upstream gradients g of r and h of c
-    dq = scale · G k,   dk = scale · Gᵀ q,   db_j = Σ_i G_ij,   dscale = Σ_i ⟨(G k)_i, q_i⟩
+G_ij = g_i · exp(L_ij − r_i) + h_j · exp(L_ij − c_j)          for upstream gradients g of r and h of c
+dq = scale · G k,   dk = scale · Gᵀ q,   db_j = Σ_i G_ij,   dscale = Σ_i ⟨(G k)_i, q_i⟩
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def _first_best(logits: Tensor, dim: int) -> Tensor:
     return best.masked_fill(torch.isneginf(logits).all(dim), -1)
 
 
-# ------------------------------------------------------------------------------------------------ torch.library, autograd
+# ----------------------------------------------------------------------------------------------- torch.library, autograd
 
 _library = torch.library.Library("fastcontrast", "FRAGMENT")
 _PROBLEM = (
@@ -186,11 +186,18 @@ def _backward(ctx, rows_gradient, columns_gradient, *unused):
     return (*(x if need else None for x, need in zip(gradients, needs, strict=True)), *none[4:])
 
 
+def _no_second_backward(ctx, *gradients):
+    raise NotImplementedError(
+        "similarity_lse: a gradient of its gradient is not implemented; implementation='reference' has one"
+    )
+
+
 _library.impl("similarity_lse", _forward_cpu, "CPU")
 _library.impl("similarity_lse_backward", _backward_cpu, "CPU")
 torch.library.register_fake("fastcontrast::similarity_lse", _forward_fake, lib=_library)
 torch.library.register_fake("fastcontrast::similarity_lse_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("fastcontrast::similarity_lse", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fastcontrast::similarity_lse_backward", _no_second_backward, lib=_library)
 
 
 class _Eager(torch.autograd.Function):
@@ -246,7 +253,7 @@ def similarity_lse(
     """
     op = "similarity_lse"
     check.features(op, queries, keys)
-    m, n, device = queries.shape[0], keys.shape[0], queries.device
+    n, device = keys.shape[0], queries.device
     check.one_of(op, "dim", dim, ("rows", "columns", "both"))
     rows, columns = dim != "columns", dim != "rows"
     scale = check.scalar(op, "scale", scale, queries)
