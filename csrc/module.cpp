@@ -40,23 +40,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         }),
         py::arg("data"), py::arg("i0"), py::arg("rows"), py::arg("j0"), py::arg("columns"),
         py::arg("guide") = 0);
-    py::class_<Online>(m, "Online").def(py::init([](Address max, Address sum, Address best) {
-                                            return Online{at<float>(max), at<float>(sum), at<int64_t>(best)};
-                                        }),
-                                        py::arg("max") = 0, py::arg("sum") = 0, py::arg("best") = 0);
+    py::class_<Running>(m, "Running")
+        .def(py::init<int64_t, bool>(), py::arg("count"), py::arg("best") = false)
+        .def(
+            "finish",
+            [](const Running& running, Address high, Address low, Address best, Address sum) {
+                py::gil_scoped_release release;
+                running.finish(at<float>(high), at<float>(low), at<int64_t>(best), at<float>(sum));
+            },
+            py::arg("high"), py::arg("low"), py::arg("best") = 0, py::arg("sum") = 0);
     py::class_<Softmax>(m, "Softmax").def(py::init([](Address gradient, Address high, Address low) {
                                               return Softmax{at<float>(gradient), at<float>(high), at<float>(low)};
                                           }),
                                           py::arg("gradient") = 0, py::arg("high") = 0, py::arg("low") = 0);
     m.def(
         "lse",
-        [](const Logits& logits, const Tile& tile, const Online& rows, const Online& columns, Address rescale,
-           int threads) {
+        [](const Logits& logits, const Tile& tile, Running* rows, Running* columns, Address rescale, int threads) {
             py::gil_scoped_release release;
-            lse(logits, tile, rows, columns, at<float>(rescale), threads);
+            lse(logits, tile, rows ? rows->online() : Online{}, columns ? columns->online() : Online{},
+                at<float>(rescale), threads);
         },
-        py::arg("logits"), py::arg("tile"), py::arg("rows"), py::arg("columns"), py::arg("rescale") = 0,
-        py::arg("threads") = 1);
+        py::arg("logits"), py::arg("tile"), py::arg("rows").none(true), py::arg("columns").none(true),
+        py::arg("rescale") = 0, py::arg("threads") = 1);
     m.def(
         "weights",
         [](const Logits& logits, const Tile& target, Address source, const Softmax& rows,
@@ -66,11 +71,4 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("rows"),
         py::arg("columns"), py::arg("threads") = 1);
-    m.def(
-        "finish",
-        [](Address max, Address sum, Address high, Address low, int64_t count) {
-            py::gil_scoped_release release;
-            finish(at<float>(max), at<float>(sum), at<float>(high), at<float>(low), count);
-        },
-        py::arg("max"), py::arg("sum"), py::arg("high"), py::arg("low"), py::arg("count"));
 }

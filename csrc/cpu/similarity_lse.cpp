@@ -1,7 +1,6 @@
 #include "cpu/similarity_lse.h"
 
 #include <algorithm>
-#include <vector>
 
 #include "common/simd.h"
 
@@ -228,12 +227,17 @@ void weights(const Logits& logits, const Tile& target, const float* source, Soft
                      std::min((t + 1) * share, target.m), rows, columns);
 }
 
-void finish(const float* max, const float* sum, float* high, float* low, int64_t count) {
-    for (int64_t i = 0; i < count; ++i) {
-        const double lse = static_cast<double>(max[i]) + std::log(static_cast<double>(sum[i]));
+Running::Running(int64_t count, bool best)
+    : max_(count, -FLT_MAX), sum_(count, 0.0f), best_(best ? count : 0, -1) {}
+
+void Running::finish(float* high, float* low, int64_t* best, float* sum) const {
+    for (size_t i = 0; i < max_.size(); ++i) {
+        const double lse = static_cast<double>(max_[i]) + std::log(static_cast<double>(sum_[i]));
         high[i] = static_cast<float>(lse);
         low[i] = std::isfinite(lse) ? static_cast<float>(lse - high[i]) : 0.0f;
     }
+    std::copy(best_.begin(), best_.end(), best);
+    if (sum) std::copy(sum_.begin(), sum_.end(), sum);
 }
 
 }  // namespace fastcontrast

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace fastcontrast {
 
@@ -24,9 +25,9 @@ struct Tile {
 
 // Running maximum, Σ exp(L - maximum), and the first index of the maximum, of each row (or column).
 struct Online {
-    float* max;      // starts at -FLT_MAX; null: this direction is not wanted
-    float* sum;      // starts at 0
-    int64_t* best;   // or null
+    float* max = nullptr;     // null: this direction is not wanted
+    float* sum = nullptr;
+    int64_t* best = nullptr;  // or null
 };
 
 // Turns the tile into logits in place and folds it into the running state of its rows and columns.
@@ -44,7 +45,18 @@ struct Softmax {
 // target_ij = rows' + columns' share. `source` [m, n] holds logits kept from `lse` or, if null, the target holds raw products.
 void weights(const Logits&, const Tile& target, const float* source, Softmax rows, Softmax columns, int threads);
 
-// high + low = max + log(sum), in double and split in two floats.
-void finish(const float* max, const float* sum, float* high, float* low, int64_t count);
+// The running state of a whole direction. It lives here rather than in tensors: for a small batch the allocations of
+// five tensors would take as long as the sweep.
+class Running {
+  public:
+    Running(int64_t count, bool best);
+    Online online() { return {max_.data(), sum_.data(), best_.empty() ? nullptr : best_.data()}; }
+    // high + low = max + log(sum), computed in double and split in two floats. `sum` or null.
+    void finish(float* high, float* low, int64_t* best, float* sum) const;
+
+  private:
+    std::vector<float> max_, sum_;
+    std::vector<int64_t> best_;
+};
 
 }  // namespace fastcontrast

@@ -103,8 +103,8 @@ def info_nce(
         swept = list(swept) if isinstance(swept, tuple) else [swept]
         rows = swept.pop(0) if forward else None
         columns = pick(swept.pop(0), own, m) if backward else None
-        target = torch.arange(m, device=queries.device)
         if return_accuracy:
+            target = torch.arange(m, device=queries.device)
             hits += [swept.pop(0) == (target if own is None else own)] if forward else []
             hits += [pick(swept.pop(0), own, m) == target] if backward else []
     elif return_accuracy:
@@ -134,7 +134,7 @@ def info_nce(
     else:
         terms = [block if i < has_positive else torch.logaddexp(block, positive) for i, block in enumerate(blocks)]
         terms = [_with_extras(term, extras) for term in terms]
-        losses = sum(terms) / len(terms) - positive
+        losses = _mean(terms) - positive
     if label_smoothing:
         smooth = []
         others = _extra_sum(queries, scale, extra, None if queue is None else (queue, queue_ids, query_ids))
@@ -146,7 +146,7 @@ def info_nce(
             bias = positive.new_zeros(m) if key_bias is None else pick(key_bias.to(queries.dtype), own, m)
             ids = None if query_ids is None else (_ids(key_ids, own, m), query_ids, query_ids)
             smooth.append(_mean_logit(own_keys, queries, scale, None, positive, ids, others, row_bias=bias))
-        losses = losses + label_smoothing * (positive - sum(smooth) / len(smooth))
+        losses = losses + label_smoothing * (positive - _mean(smooth))
     loss = reduce(op, losses, weights, reduction)
     if not return_accuracy:
         return loss
@@ -222,6 +222,10 @@ def _extra_logits(
 
 def _with_extras(lse: Tensor, extras: list[Tensor]) -> Tensor:
     return torch.logsumexp(torch.cat([lse[:, None], *extras], 1), 1) if extras else lse
+
+
+def _mean(terms: list[Tensor]) -> Tensor:
+    return terms[0] if len(terms) == 1 else torch.stack(terms).mean(0) if len(terms) > 2 else (terms[0] + terms[1]) / 2
 
 
 def _joint(blocks, extras, positive, has_positive: int, count_positive_once: bool) -> Tensor:

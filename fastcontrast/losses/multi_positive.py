@@ -109,7 +109,7 @@ def supcon_loss(
     workspace: int | None = None,
     implementation: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """loss_i = −1/|P(i)| Σ_{p ∈ P(i)} log( exp L_ip / Σ_{a ≠ i} exp L_ia ),   L = scale·z zᵀ,   P(i) = {p ≠ i : y_p = y_i}.
+    """loss_i = −1/|P(i)| Σ_{p ∈ P(i)} log( exp L_ip / Σ_{a ≠ i} exp L_ia ),   L = scale·z zᵀ,   P(i) = {p≠i: y_p=y_i}.
 
     One set of embeddings (stack the views), each against all others; mean over the rows that have a positive
     (`count_empty=True`: over all N). Embeddings are taken as they are: normalise them first. L is symmetric: half of it

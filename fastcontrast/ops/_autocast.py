@@ -14,7 +14,8 @@ def without_autocast(function: F) -> F:
 
     @functools.wraps(function)
     def wrapped(*args, **kwargs):
-        device = args[0].device.type if isinstance(args[0], torch.Tensor) else "cpu"
+        first = args[0] if args else next((x for x in kwargs.values() if isinstance(x, torch.Tensor)), None)
+        device = first.device.type if isinstance(first, torch.Tensor) else "cpu"
         if not torch.is_autocast_enabled(device):
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):

@@ -121,33 +121,26 @@ class Sweep:
         return native.Tile(tile.data_ptr(), i0, rows, j0, columns)
 
 
-class _Running:
-    """The running maximum and sum of one direction, in the form the kernel takes."""
-
-    def __init__(self, count: int, best: bool, wanted: bool = True):
-        self.max = torch.full((count if wanted else 0,), torch.finfo(torch.float32).min)
-        self.sum = torch.zeros_like(self.max)
-        self.best = torch.full((self.max.shape[0] if best else 0,), -1, dtype=torch.int64)
-        self.native = native.Online(*(_address(x) for x in (self.max, self.sum, self.best)))
-
-    def finish(self) -> Lse:
-        high, low = torch.empty_like(self.max), torch.empty_like(self.max)
-        native.finish(*(x.data_ptr() for x in (self.max, self.sum, high, low)), high.shape[0])
-        return Lse(high, low, self.best)
+def _finish(state: object, count: int, best: bool, sum: Tensor | None = None) -> Lse:
+    high, low = torch.empty(count, dtype=torch.float32), torch.empty(count, dtype=torch.float32)
+    indices = torch.empty(count if best else 0, dtype=torch.int64)
+    if state is not None:
+        state.finish(high.data_ptr(), low.data_ptr(), indices.data_ptr(), _address(sum))
+    return Lse(high, low, indices)
 
 
 def lse(sweep: Sweep, rows: bool, columns: bool, best: bool, keep: int) -> tuple[Lse, Lse, Tensor]:
     """Log-sum-exp of rows and/or columns in one sweep, and the logits of the first `keep` rows [keep, N]."""
-    row_state = _Running(sweep.m, best, rows)
-    column_state = _Running(sweep.n, best, columns)
-    mirrored = row_state.native if sweep.symmetric else column_state.native
+    row_state = native.Running(sweep.m, best) if rows else None
+    column_state = native.Running(sweep.n, best) if columns else None
     kept = _empty(keep, sweep.n)
     for i0, m, j0, n in sweep.tiles(keep):
         tile = sweep.tile(i0, m, j0, n, kept)
         torch.mm(sweep.queries_block(i0, m), sweep.keys_block(j0, n).t(), out=tile)
-        folded = native.Online() if sweep.symmetric and i0 == j0 else mirrored
-        native.lse(sweep.logits, sweep.native_tile(tile, i0, j0), row_state.native, folded, 0, sweep.threads)
-    return row_state.finish(), column_state.finish(), kept
+        mirror = (row_state if i0 != j0 else None) if sweep.symmetric else column_state
+        native.lse(sweep.logits, sweep.native_tile(tile, i0, j0), row_state, mirror, 0, sweep.threads)
+    r = _finish(row_state, sweep.m if rows else 0, best and rows)
+    return r, _finish(column_state, sweep.n if columns else 0, best and columns), kept
 
 
 def lse_and_mix(sweep: Sweep, best: bool) -> tuple[Lse, Tensor]:
@@ -155,29 +148,22 @@ def lse_and_mix(sweep: Sweep, best: bool) -> tuple[Lse, Tensor]:
 
     For keys that need no gradient this replaces the backward: dq_i = scale · g_i · mix_i, whatever the gradient g.
     """
-    state = _Running(sweep.m, best)
-    mix = sweep.buffer.new_zeros(sweep.queries.shape)
-    rescale = sweep.buffer.new_empty(min(sweep.m, ROWS))
+    state = native.Running(sweep.m, best)
+    mix = _gradient(sweep.queries, sweep.n)
+    rescale = torch.empty(min(sweep.m, ROWS), dtype=torch.float32)
     for i0, m, j0, n in sweep.tiles(0, rows_outermost=True):
         k = sweep.keys_block(j0, n)
         tile = sweep.tile(i0, m, j0, n)
         torch.mm(sweep.queries_block(i0, m), k.t(), out=tile)
-        native.lse(
-            sweep.logits,
-            sweep.native_tile(tile, i0, j0),
-            state.native,
-            native.Online(),
-            rescale.data_ptr(),
-            sweep.threads,
-        )
-        accumulated = mix[i0 : i0 + m]
-        if j0 == 0:
-            torch.mm(tile, k, out=accumulated)
-        else:
-            accumulated.mul_(rescale[:m, None]).addmm_(tile, k)
+        native_tile = sweep.native_tile(tile, i0, j0)
+        native.lse(sweep.logits, native_tile, state, None, rescale.data_ptr(), sweep.threads)
+        if j0:
+            mix[i0 : i0 + m].mul_(rescale[:m, None])
+        _add(mix, i0, tile, k, first=not j0)
+    total = torch.empty(sweep.m, dtype=torch.float32)
+    lse = _finish(state, sweep.m, best, total)
     # A row with nothing left has sum 0 and mix 0.
-    mix.div_(state.sum.clamp(min=torch.finfo(torch.float32).tiny)[:, None])
-    return state.finish(), mix
+    return lse, mix.div_(total.clamp_(min=torch.finfo(torch.float32).tiny)[:, None])
 
 
 def gradients(
@@ -193,10 +179,9 @@ def gradients(
     """
     row_softmax = native.Softmax(*(_address(x) for x in rows or ()))
     column_softmax = row_softmax if sweep.symmetric else native.Softmax(*(_address(x) for x in columns or ()))
-    d = sweep.queries.shape[1]
-    dq = sweep.buffer.new_zeros(sweep.m, d) if needs[0] else None
-    dk = sweep.buffer.new_zeros(sweep.n, d) if needs[1] else None
-    dbias = sweep.buffer.new_zeros(sweep.n) if needs[2] else None
+    dq = _gradient(sweep.queries, sweep.n) if needs[0] else None
+    dk = _gradient(sweep.keys, sweep.m) if needs[1] else None
+    dbias = torch.zeros(sweep.n, dtype=torch.float32) if needs[2] else None
     keep = kept.shape[0]
     for i0, m, j0, n in sweep.tiles(keep):
         q, k = sweep.queries_block(i0, m), sweep.keys_block(j0, n)
@@ -207,14 +192,28 @@ def gradients(
         native_tile = sweep.native_tile(tile, i0, j0, guide=not source)
         native.weights(sweep.logits, native_tile, source, row_softmax, column_softmax, sweep.threads)
         if dq is not None:
-            dq[i0 : i0 + m].addmm_(tile, k)
+            _add(dq, i0, tile, k, first=not j0)
         if sweep.symmetric and i0 != j0:
-            dq[j0 : j0 + n].addmm_(tile.t(), q)
+            _add(dq, j0, tile.t(), q, first=not i0)
         if dk is not None:
-            dk[j0 : j0 + n].addmm_(tile.t(), q)
+            _add(dk, j0, tile.t(), q, first=not i0)
         if dbias is not None:
             dbias[j0 : j0 + n] += tile.sum(0)
     return dq, dk, dbias
+
+
+def _gradient(like: Tensor, others: int) -> Tensor:
+    """Where the gradient of `like` accumulates; its first tile overwrites it, and without others there is none."""
+    return torch.empty(like.shape, dtype=torch.float32) if others else torch.zeros(like.shape, dtype=torch.float32)
+
+
+def _add(out: Tensor, start: int, a: Tensor, b: Tensor, *, first: bool) -> None:
+    """out[start:] += a · b, or = if it is the first contribution."""
+    rows = out[start : start + a.shape[0]]
+    if first:
+        torch.mm(a, b, out=rows)
+    else:
+        rows.addmm_(a, b)
 
 
 def _blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
