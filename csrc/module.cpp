@@ -55,20 +55,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                           py::arg("gradient") = 0, py::arg("high") = 0, py::arg("low") = 0);
     m.def(
         "lse",
-        [](const Logits& logits, const Tile& tile, Running* rows, Running* columns, Address rescale, int threads) {
+        [](const Logits& logits, const Tile& tile, Running* rows, Running* columns, Address own, Address rescale,
+           int threads) {
             py::gil_scoped_release release;
             lse(logits, tile, rows ? rows->online() : Online{}, columns ? columns->online() : Online{},
-                at<float>(rescale), threads);
+                at<float>(own), at<float>(rescale), threads);
         },
         py::arg("logits"), py::arg("tile"), py::arg("rows").none(true), py::arg("columns").none(true),
-        py::arg("rescale") = 0, py::arg("threads") = 1);
+        py::arg("own") = 0, py::arg("rescale") = 0, py::arg("threads") = 1);
     m.def(
         "weights",
         [](const Logits& logits, const Tile& target, Address source, const Softmax& rows,
-           const Softmax& columns, int threads) {
+           const Softmax& columns, Address own_gradient, int threads) {
             py::gil_scoped_release release;
-            weights(logits, target, at<float>(source), rows, columns, threads);
+            weights(logits, target, at<float>(source), rows, columns, at<float>(own_gradient), threads);
         },
         py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("rows"),
-        py::arg("columns"), py::arg("threads") = 1);
+        py::arg("columns"), py::arg("own_gradient") = 0, py::arg("threads") = 1);
 }

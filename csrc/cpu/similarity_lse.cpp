@@ -20,6 +20,12 @@ int team(int threads, int64_t entries) {
     return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, entries / kGrain)));
 }
 
+// Row i's own column within the tile, or -1.
+FC_INLINE int64_t own_column(const Logits& logits, const Tile& tile, int64_t i) {
+    const int64_t own = logits.positives ? logits.positives[tile.i0 + i] - tile.j0 : -1;
+    return own < tile.n ? own : -1;
+}
+
 FC_INLINE void logits_row(const Logits& logits, const Tile& tile, int64_t i, float* __restrict row) {
     const int64_t n = tile.n;
     const float scale = logits.scale;
@@ -33,9 +39,8 @@ FC_INLINE void logits_row(const Logits& logits, const Tile& tile, int64_t i, flo
     }
     if (!logits.query_ids && !tile.guide) return;
 
-    const int64_t own = logits.positives ? logits.positives[tile.i0 + i] - tile.j0 : -1;
-    const bool protect = own >= 0 && own < n;
-    const float kept = protect ? row[own] : 0.0f;
+    const int64_t own = own_column(logits, tile, i);
+    const float kept = own >= 0 ? row[own] : 0.0f;
     if (logits.query_ids) {
         const int64_t id = logits.query_ids[tile.i0 + i];
         const int64_t* __restrict ids = logits.key_ids + tile.j0;
@@ -48,7 +53,7 @@ FC_INLINE void logits_row(const Logits& logits, const Tile& tile, int64_t i, flo
 #pragma omp simd
         for (int64_t j = 0; j < n; ++j) row[j] = guide[j] > limit ? -INFINITY : row[j];
     }
-    if (protect) row[own] = kept;
+    if (own >= 0) row[own] = kept;
 }
 
 // NaN entries are passed over here: they reach the result through the sum.
@@ -100,7 +105,7 @@ FC_INLINE void column_best(const float* __restrict row, const float* __restrict 
 }
 
 FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t begin, int64_t end, Online rows,
-                               float* rescale, ColumnState* columns) {
+                               float* own, float* rescale, ColumnState* columns) {
     const int64_t n = tile.n;
     std::vector<float> previous(columns ? n : 0);
     for (int64_t group = begin; group < end; group += kRows) {
@@ -109,6 +114,10 @@ FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t b
         for (int64_t i = group; i < last; ++i) {
             float* row = tile.data + i * tile.n;
             logits_row(logits, tile, i, row);
+            if (own) {
+                const int64_t column = own_column(logits, tile, i);
+                if (column >= 0) own[tile.i0 + i] = row[column];
+            }
             if (columns) {
                 if (!columns->best.empty())
                     column_best(row, columns->max.data(), columns->best.data(), tile.i0 + i, n);
@@ -167,7 +176,7 @@ FC_INLINE float flush(float x) { return std::fabs(x) < FLT_MIN ? 0.0f : x; }
 FC_INLINE float unless_empty(float lse) { return lse < -FLT_MAX ? FLT_MAX : lse; }
 
 FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const float* source, int64_t begin,
-                                   int64_t end, Softmax rows, Softmax columns) {
+                                   int64_t end, Softmax rows, Softmax columns, const float* own_gradient) {
     const int64_t n = tile.n;
     for (int64_t i = begin; i < end; ++i) {
         float* target = tile.data + i * tile.n;
@@ -180,9 +189,9 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
         const float g = rows.gradient ? rows.gradient[at] : 0.0f;
         const float r = rows.gradient ? unless_empty(rows.high[at]) : 0.0f;
         const float r_low = rows.gradient ? rows.low[at] : 0.0f;
-        const float* __restrict h = columns.gradient + tile.j0;
-        const float* __restrict c = columns.high + tile.j0;
-        const float* __restrict c_low = columns.low + tile.j0;
+        const float* __restrict h = columns.gradient ? columns.gradient + tile.j0 : nullptr;
+        const float* __restrict c = columns.gradient ? columns.high + tile.j0 : nullptr;
+        const float* __restrict c_low = columns.gradient ? columns.low + tile.j0 : nullptr;
         float* __restrict out = target;
         // Differences first against `high`, which is exact near the maximum, then against `low`: at scale 100 the
         // rounding of the log-sum-exp itself would otherwise cost two digits of the gradient.
@@ -194,37 +203,44 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
         } else if (rows.gradient) {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) out[j] = flush(g * exp_fast((out[j] - r) - r_low));
-        } else {
+        } else if (columns.gradient) {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j)
                 out[j] = flush(h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
+        } else {
+            std::fill_n(out, n, 0.0f);
+        }
+        if (own_gradient) {
+            const int64_t column = own_column(logits, tile, i);
+            if (column >= 0) out[column] += own_gradient[at];
         }
     }
 }
 
 }  // namespace
 
-void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, float* rescale, int threads) {
+void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, float* own, float* rescale,
+         int threads) {
     const int count = team(threads, tile.m * tile.n);
     // Contiguous shares fixed by the thread count, merged in order: the same bits on every run.
     std::vector<ColumnState> states(columns.max ? count : 0, ColumnState(columns.max ? tile.n : 0, columns.best));
     const int64_t share = (tile.m + count - 1) / count;
 #pragma omp parallel for num_threads(count) schedule(static, 1)
     for (int t = 0; t < count; ++t)
-        lse_rows(logits, tile, std::min(t * share, tile.m), std::min((t + 1) * share, tile.m), rows, rescale,
+        lse_rows(logits, tile, std::min(t * share, tile.m), std::min((t + 1) * share, tile.m), rows, own, rescale,
                  columns.max ? &states[t] : nullptr);
     if (!columns.max) return;
     for (const ColumnState& state : states) merge_columns(tile, columns, state, 0, tile.n);
 }
 
 void weights(const Logits& logits, const Tile& target, const float* source, Softmax rows, Softmax columns,
-             int threads) {
+             const float* own_gradient, int threads) {
     const int count = team(threads, target.m * target.n);
     const int64_t share = (target.m + count - 1) / count;
 #pragma omp parallel for num_threads(count) schedule(static, 1)
     for (int t = 0; t < count; ++t)
         weights_rows(logits, target, source, std::min(t * share, target.m),
-                     std::min((t + 1) * share, target.m), rows, columns);
+                     std::min((t + 1) * share, target.m), rows, columns, own_gradient);
 }
 
 Running::Running(int64_t count, bool best)

@@ -14,7 +14,7 @@ struct Logits {
     const int64_t* query_ids;   // [M]  equal ids are masked
     const int64_t* key_ids;     // [N]
     const float* guide_limit;   // [M]  guide tile above it is masked
-    const int64_t* positives;   // [M]  this column of row i is never masked; outside [0, N): none
+    const int64_t* positives;   // [M]  row i's own column, never masked; outside [0, N): none
 };
 
 struct Tile {
@@ -32,8 +32,8 @@ struct Online {
 
 // Turns the tile into logits in place and folds it into the running state of its rows and columns.
 // `rescale` [m]: when given, the tile becomes exp(L - maximum) instead, and rescale_i is what a sum kept under the
-// old maximum must be multiplied by.
-void lse(const Logits&, const Tile&, Online rows, Online columns, float* rescale, int threads);
+// old maximum must be multiplied by. `own` [M]: when given, receives the logit of each row's own column.
+void lse(const Logits&, const Tile&, Online rows, Online columns, float* own, float* rescale, int threads);
 
 // One direction's share of the weights: gradient_i · exp(L_ij - lse_i), lse = high + low.
 struct Softmax {
@@ -42,8 +42,10 @@ struct Softmax {
     const float* low;
 };
 
-// target_ij = rows' + columns' share. `source` [m, n] holds logits kept from `lse` or, if null, the target holds raw products.
-void weights(const Logits&, const Tile& target, const float* source, Softmax rows, Softmax columns, int threads);
+// target_ij = rows' + columns' share + own_gradient_i where j is row i's own column. `source` [m, n] holds logits kept
+// from `lse`; if it is null, the target holds raw products. Each share may be absent.
+void weights(const Logits&, const Tile& target, const float* source, Softmax rows, Softmax columns,
+             const float* own_gradient, int threads);
 
 // The running state of a whole direction. It lives here rather than in tensors: for a small batch the allocations of
 // five tensors would take as long as the sweep.

@@ -87,28 +87,38 @@ def info_nce(
     scale = check.scalar(op, "scale", scale, queries)
     run = {"workspace": workspace, "implementation": implementation}
     own_keys = pick(keys, own, m)
-    positive = scale * torch.linalg.vecdot(queries, own_keys)
-    if key_bias is not None:
-        positive = positive + pick(key_bias.to(queries.dtype), own, m)
-
     forward, backward = "query_to_key" in directions, "key_to_query" in directions
-    masks = {"query_ids": query_ids, "key_ids": key_ids, "positives": own, "guide": guide}
     rows = columns = None
     hits = []
     if forward or backward:
-        dim = "both" if forward and backward else "rows" if forward else "columns"
         swept = similarity_lse(
-            queries, keys, scale, dim=dim, key_bias=key_bias, return_best=return_accuracy, **masks, **run
+            queries,
+            keys,
+            scale,
+            dim="both" if forward and backward else "rows" if forward else "columns",
+            key_bias=key_bias,
+            query_ids=query_ids,
+            key_ids=key_ids,
+            positives=own,
+            guide=guide,
+            return_positives=True,
+            return_best=return_accuracy,
+            **run,
         )
-        swept = list(swept) if isinstance(swept, tuple) else [swept]
+        swept = list(swept)
         rows = swept.pop(0) if forward else None
         columns = pick(swept.pop(0), own, m) if backward else None
+        positive = swept.pop(0)
         if return_accuracy:
-            target = torch.arange(m, device=queries.device)
-            hits += [swept.pop(0) == (target if own is None else own)] if forward else []
-            hits += [pick(swept.pop(0), own, m) == target] if backward else []
-    elif return_accuracy:
-        raise ValueError(f'{op}: return_accuracy needs the direction "query_to_key" or "key_to_query"')
+            index = torch.arange(m, device=queries.device)
+            hits += [swept.pop(0) == (index if own is None else own)] if forward else []
+            hits += [pick(swept.pop(0), own, m) == index] if backward else []
+    else:
+        if return_accuracy:
+            raise ValueError(f'{op}: return_accuracy needs the direction "query_to_key" or "key_to_query"')
+        positive = scale * torch.linalg.vecdot(queries, own_keys)
+        if key_bias is not None:
+            positive = positive + pick(key_bias.to(queries.dtype), own, m)
 
     blocks = [block for block in (rows, columns) if block is not None]
     if "query_to_query" in directions:

@@ -64,6 +64,16 @@ def scalar(op: str, name: str, value: Any, like: Tensor) -> Tensor:
     return torch.full((), value, dtype=dtype, device=like.device)
 
 
+def workspace(op: str, value: Any) -> None:
+    """`value` is a number of bytes, or None for the default."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: workspace must be a number of bytes or None, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: workspace must be at least 0 bytes, got {value}")
+
+
 def vector(op: str, name: str, x: Any, length: int, like: Tensor, *, floating: bool) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
@@ -75,15 +85,22 @@ def vector(op: str, name: str, x: Any, length: int, like: Tensor, *, floating: b
     same_kind(op, name, x, like, dtype=False)
 
 
-def masks(op: str, queries: Tensor, keys: Tensor, query_ids, key_ids, positives, guide) -> Masks:
-    """The masks of a similarity operation as raw tensors; see `similarity_lse` for their meaning."""
+def masks(op: str, queries: Tensor, keys: Tensor, query_ids, key_ids, positives, guide, own: bool) -> Masks:
+    """The masks of a similarity operation as raw tensors; see `similarity_lse` for their meaning.
+
+    `own`: the positives are asked for, and needed even if nothing is masked.
+    """
     m, n = queries.shape[0], keys.shape[0]
     if (query_ids is None) != (key_ids is None):
         missing = "key_ids" if key_ids is None else "query_ids"
         raise ValueError(f"{op}: query_ids and key_ids go together, got no {missing}")
-    own = _positives(op, queries, n, positives)
-    if query_ids is None and guide is None:
+    if query_ids is None and guide is None and positives is None and not own:
         return Masks()
+    index = _positives(op, queries, n, positives)
+    if own and index is None:
+        raise ValueError(f"{op}: return_positives needs positives, got -1 (none)")
+    if query_ids is None and guide is None:
+        return Masks(positives=index if own else None)
     if query_ids is not None:
         vector(op, "query_ids", query_ids, m, queries, floating=False)
         vector(op, "key_ids", key_ids, n, queries, floating=False)
@@ -91,13 +108,14 @@ def masks(op: str, queries: Tensor, keys: Tensor, query_ids, key_ids, positives,
     guides = (None, None, None)
     if guide is not None:
         guides = _guide(op, queries, keys, guide)
-    return Masks(query_ids, key_ids, own, *guides)
+    return Masks(query_ids, key_ids, index, *guides)
 
 
 def _positives(op: str, queries: Tensor, n: int, positives) -> Tensor | None:
     m = queries.shape[0]
     if positives is None:
-        return torch.arange(m, device=queries.device)
+        index = torch.arange(m, device=queries.device)
+        return index if m <= n else index.masked_fill_(index >= n, -1)
     if isinstance(positives, int) and not isinstance(positives, bool):
         if positives != -1:
             raise ValueError(f"{op}: positives must be a tensor [{m}], -1 (protect none) or None, got {positives}")

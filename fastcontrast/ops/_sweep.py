@@ -129,8 +129,12 @@ def _finish(state: object, count: int, best: bool, sum: Tensor | None = None) ->
     return Lse(high, low, indices)
 
 
-def lse(sweep: Sweep, rows: bool, columns: bool, best: bool, keep: int) -> tuple[Lse, Lse, Tensor]:
-    """Log-sum-exp of rows and/or columns in one sweep, and the logits of the first `keep` rows [keep, N]."""
+def lse(sweep: Sweep, rows: bool, columns: bool, own: Tensor, best: bool, keep: int) -> tuple[Lse, Lse, Tensor]:
+    """Log-sum-exp of rows and/or columns in one sweep, and the logits of the first `keep` rows [keep, N].
+
+    `own` [M] receives the logit of each row's own column; empty if not wanted.
+    """
+    own_address = own.data_ptr() if own.numel() else 0
     row_state = native.Running(sweep.m, best) if rows else None
     column_state = native.Running(sweep.n, best) if columns else None
     kept = _empty(keep, sweep.n)
@@ -138,16 +142,18 @@ def lse(sweep: Sweep, rows: bool, columns: bool, best: bool, keep: int) -> tuple
         tile = sweep.tile(i0, m, j0, n, kept)
         torch.mm(sweep.queries_block(i0, m), sweep.keys_block(j0, n).t(), out=tile)
         mirror = (row_state if i0 != j0 else None) if sweep.symmetric else column_state
-        native.lse(sweep.logits, sweep.native_tile(tile, i0, j0), row_state, mirror, 0, sweep.threads)
+        native_tile = sweep.native_tile(tile, i0, j0)
+        native.lse(sweep.logits, native_tile, row_state, mirror, own=own_address, threads=sweep.threads)
     r = _finish(row_state, sweep.m if rows else 0, best and rows)
     return r, _finish(column_state, sweep.n if columns else 0, best and columns), kept
 
 
-def lse_and_mix(sweep: Sweep, best: bool) -> tuple[Lse, Tensor]:
+def lse_and_mix(sweep: Sweep, own: Tensor, best: bool) -> tuple[Lse, Tensor]:
     """Log-sum-exp of the rows and mix_i = Σ_j softmax_j(L_ij) k_j [M, D] in one sweep of two products.
 
     For keys that need no gradient this replaces the backward: dq_i = scale · g_i · mix_i, whatever the gradient g.
     """
+    own_address = own.data_ptr() if own.numel() else 0
     state = native.Running(sweep.m, best)
     mix = _gradient(sweep.queries, sweep.n)
     rescale = torch.empty(min(sweep.m, ROWS), dtype=torch.float32)
@@ -156,7 +162,7 @@ def lse_and_mix(sweep: Sweep, best: bool) -> tuple[Lse, Tensor]:
         tile = sweep.tile(i0, m, j0, n)
         torch.mm(sweep.queries_block(i0, m), k.t(), out=tile)
         native_tile = sweep.native_tile(tile, i0, j0)
-        native.lse(sweep.logits, native_tile, state, None, rescale.data_ptr(), sweep.threads)
+        native.lse(sweep.logits, native_tile, state, None, own_address, rescale.data_ptr(), sweep.threads)
         if j0:
             mix[i0 : i0 + m].mul_(rescale[:m, None])
         _add(mix, i0, tile, k, first=not j0)
@@ -170,10 +176,11 @@ def gradients(
     sweep: Sweep,
     rows: tuple[Tensor, Tensor, Tensor] | None,  # gradient, high, low, each [M]
     columns: tuple[Tensor, Tensor, Tensor] | None,  # each [N]
+    own_gradient: Tensor | None,  # [M]
     kept: Tensor,  # [keep, N]
     needs: tuple[bool, bool, bool],  # G·K [M, D], Gᵀ·Q [N, D], ΣG over rows [N]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """G·K, Gᵀ·Q and Σ_i G_ij for G_ij = g_i·exp(L_ij - r_i) + h_j·exp(L_ij - c_j), before the factor `scale`.
+    """G·K, Gᵀ·Q and Σ_i G_ij for G_ij = g_i·exp(L_ij - r_i) + h_j·exp(L_ij - c_j) + p_i·[j is i's own], before `scale`.
 
     Symmetric: `rows` stands for both directions, and G·K is the whole gradient of the one tensor.
     """
@@ -182,6 +189,7 @@ def gradients(
     dq = _gradient(sweep.queries, sweep.n) if needs[0] else None
     dk = _gradient(sweep.keys, sweep.m) if needs[1] else None
     dbias = torch.zeros(sweep.n, dtype=torch.float32) if needs[2] else None
+    own_address = _address(own_gradient)
     keep = kept.shape[0]
     for i0, m, j0, n in sweep.tiles(keep):
         q, k = sweep.queries_block(i0, m), sweep.keys_block(j0, n)
@@ -190,7 +198,7 @@ def gradients(
         if not source:
             torch.mm(q, k.t(), out=tile)
         native_tile = sweep.native_tile(tile, i0, j0, guide=not source)
-        native.weights(sweep.logits, native_tile, source, row_softmax, column_softmax, sweep.threads)
+        native.weights(sweep.logits, native_tile, source, row_softmax, column_softmax, own_address, sweep.threads)
         if dq is not None:
             _add(dq, i0, tile, k, first=not j0)
         if sweep.symmetric and i0 != j0:

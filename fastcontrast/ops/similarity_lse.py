@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import _check as check
 from . import _sweep
@@ -58,12 +57,16 @@ def reference_lse(logits: Tensor, dim: int) -> Tensor:
 
 
 @without_autocast
-def _reference(queries, keys, scale, key_bias, masks, rows, columns, best) -> tuple[Tensor, ...]:
+def _reference(queries, keys, scale, key_bias, masks, rows, columns, own, best) -> tuple[Tensor, ...]:
     logits = reference_logits(queries, keys, scale, key_bias, masks)
-    lses = [reference_lse(logits, dim) for dim, wanted in ((1, rows), (0, columns)) if wanted]
+    dims = [dim for dim, wanted in ((1, rows), (0, columns)) if wanted]
+    results = [reference_lse(logits, dim) for dim in dims]
+    if own:
+        none = masks.positives < 0
+        results.append(logits.gather(1, masks.positives.clamp(min=0)[:, None])[:, 0].masked_fill(none, float("-inf")))
     if best:
-        lses += [_first_best(logits, dim) for dim, wanted in ((1, rows), (0, columns)) if wanted]
-    return tuple(lses)
+        results += [_first_best(logits, dim) for dim in dims]
+    return tuple(results)
 
 
 def _first_best(logits: Tensor, dim: int) -> Tensor:
@@ -81,12 +84,13 @@ _PROBLEM = (
     "Tensor? positives, Tensor? guide_queries, Tensor? guide_keys, Tensor? guide_limit"
 )
 _library.define(
-    f"similarity_lse({_PROBLEM}, bool rows, bool columns, bool best, bool mix, SymInt keep)"
-    " -> (Tensor rows, Tensor columns, Tensor rows_best, Tensor columns_best,"
+    f"similarity_lse({_PROBLEM}, bool rows, bool columns, bool own, bool best, bool mix, SymInt keep)"
+    " -> (Tensor rows, Tensor columns, Tensor own, Tensor rows_best, Tensor columns_best,"
     " Tensor rows_low, Tensor columns_low, Tensor kept, Tensor mix)"
 )
 _library.define(
-    f"similarity_lse_backward({_PROBLEM}, Tensor? rows_gradient, Tensor? columns_gradient, Tensor rows, Tensor columns,"
+    f"similarity_lse_backward({_PROBLEM}, Tensor? rows_gradient, Tensor? columns_gradient, Tensor? own_gradient,"
+    " Tensor rows, Tensor columns,"
     " Tensor rows_low, Tensor columns_low, Tensor kept, Tensor mix, bool[4] needs)"
     " -> (Tensor queries, Tensor keys, Tensor scale, Tensor key_bias)"
 )
@@ -95,26 +99,30 @@ N_PROBLEM = 10  # tensors that state the problem, first in both schemas
 
 @without_autocast
 def _forward_cpu(queries, keys, scale, key_bias, *rest):
-    masks, (rows, columns, best, mix, keep) = Masks(*rest[:6]), rest[6:]
+    masks, (rows, columns, wants_own, best, mix, keep) = Masks(*rest[:6]), rest[6:]
     sweep = _sweep.Sweep(queries, keys, scale, key_bias, masks)
-    nothing = queries.new_empty(0, dtype=torch.float32)
+    own = torch.full((sweep.m if wants_own else 0,), float("-inf"))
+    nothing = torch.empty(0)
     if mix:
-        r, mixed = _sweep.lse_and_mix(sweep, best)
-        return r.high, nothing, r.best, r.best.new_empty(0), r.low, nothing.clone(), nothing.clone(), mixed
-    r, c, kept = _sweep.lse(sweep, rows, columns, best, keep)
-    return r.high, c.high, r.best, c.best, r.low, c.low, kept, nothing
+        r, mixed = _sweep.lse_and_mix(sweep, own, best)
+        return r.high, nothing, own, r.best, r.best.new_empty(0), r.low, nothing.clone(), nothing.clone(), mixed
+    r, c, kept = _sweep.lse(sweep, rows, columns, own, best, keep)
+    return r.high, c.high, own, r.best, c.best, r.low, c.low, kept, nothing
 
 
 @without_autocast
 def _backward_cpu(queries, keys, scale, key_bias, *rest):
     masks = Masks(*rest[:6])
-    g, h, r, c, r_low, c_low, kept, mix, needs = rest[6:]
+    g, h, p, r, c, r_low, c_low, kept, mix, needs = rest[6:]
     need_queries, need_keys, need_scale, need_bias = needs
     factor = float(scale)
     nothing = queries.new_empty(0, dtype=torch.float32)
     dq = dk = db = None
     if mix.numel():
-        dq = mix * g[:, None]
+        dq = mix.mul(g[:, None]) if g is not None else torch.zeros_like(mix)
+        if p is not None:
+            p = p.masked_fill(masks.positives < 0, 0.0)
+            dq.addcmul_(p[:, None], keys.index_select(0, masks.positives.clamp(min=0)).float())
     else:
         sweep = _sweep.Sweep(queries, keys, scale, key_bias, masks)
         via_keys = need_scale and need_keys and not need_queries and not sweep.symmetric
@@ -122,6 +130,7 @@ def _backward_cpu(queries, keys, scale, key_bias, *rest):
             sweep,
             None if g is None else (g.float().contiguous(), r, r_low),
             None if h is None else (h.float().contiguous(), c, c_low),
+            None if p is None else p.float().contiguous(),
             kept,
             (need_queries or (need_scale and not via_keys), need_keys and not sweep.symmetric, need_bias),
         )
@@ -140,7 +149,7 @@ def _backward_cpu(queries, keys, scale, key_bias, *rest):
 
 
 def _forward_fake(queries, keys, *rest):
-    rows, columns, best, mix, keep = rest[8:]
+    rows, columns, own, best, mix, keep = rest[8:]
     m, n = queries.shape[0], (queries if keys is None else keys).shape[0]
 
     def vector(count, dtype=torch.float32):
@@ -150,6 +159,7 @@ def _forward_fake(queries, keys, *rest):
     return (
         vector(r),
         vector(c),
+        vector(m if own else 0),
         vector(r if best else 0, torch.int64),
         vector(c if best else 0, torch.int64),
         vector(r),
@@ -171,19 +181,20 @@ def _backward_fake(queries, keys, scale, key_bias, *rest):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:N_PROBLEM], *output[:2], *output[4:])
+    ctx.save_for_backward(*inputs[:N_PROBLEM], *output[:2], *output[5:])
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[2:])
+    ctx.mark_non_differentiable(*output[3:])
 
 
-def _backward(ctx, rows_gradient, columns_gradient, *unused, run=None):
+def _backward(ctx, rows_gradient, columns_gradient, own_gradient, *unused, run=None):
     run = run or torch.ops.fastcontrast.similarity_lse_backward
     saved = ctx.saved_tensors
     needs = [*ctx.needs_input_grad[:4]]
-    none = (None,) * (N_PROBLEM + 5)
-    if rows_gradient is None and columns_gradient is None:
+    none = (None,) * (N_PROBLEM + 6)
+    upstream = (rows_gradient, columns_gradient, own_gradient)
+    if all(gradient is None for gradient in upstream):
         return none
-    gradients = run(*saved[:N_PROBLEM], rows_gradient, columns_gradient, *saved[N_PROBLEM:], needs)
+    gradients = run(*saved[:N_PROBLEM], *upstream, *saved[N_PROBLEM:], needs)
     return (*(x if need else None for x, need in zip(gradients, needs, strict=True)), *none[4:])
 
 
@@ -211,9 +222,10 @@ class _Eager(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, *gradients):
-        return _backward(ctx, *gradients, run=_backward_cpu)
+        # Under create_graph=True the registered operation runs, whose own backward refuses: `once_differentiable` would
+        # return detached gradients, and a penalty on them would silently count for nothing.
+        return _backward(ctx, *gradients, run=None if torch.is_grad_enabled() else _backward_cpu)
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -232,6 +244,7 @@ def similarity_lse(
     guide: tuple[Tensor, Tensor, Tensor | float] | None = None,  # [M, Dg], [N, Dg], [M]
     workspace: int | None = None,
     implementation: str | None = None,
+    return_positives: bool = False,
     return_best: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
     """r_i = log Σ_j exp L_ij of the rows and/or c_j = log Σ_i exp L_ij of the columns of
@@ -251,6 +264,8 @@ def similarity_lse(
         guide: (guide_queries, guide_keys, limit): masked where ⟨guide_q_i, guide_k_j⟩ > limit_i. No gradient.
         workspace: bytes for tiles and kept logits; default `set_workspace`. More of it saves products in the backward.
         implementation: None (the best that can run), "cpu" or "reference".
+        return_positives: also L_{i, positives[i]} [M], with its gradient in the same sweep: the difference
+            Σ_j softmax_j k_j − k_own is then summed in float32 and rounded once. −inf where a row protects none.
         return_best: also the index of each row's (column's) largest logit, the first of equals, −1 if all is masked.
 
     A row with nothing left (or N = 0) gives −inf with gradient 0. NaN in a query or key gives NaN in its row (column).
@@ -262,28 +277,38 @@ def similarity_lse(
     check.features(op, queries, keys)
     n, device = keys.shape[0], queries.device
     check.one_of(op, "dim", dim, ("rows", "columns", "both"))
+    check.workspace(op, workspace)
     rows, columns = dim != "columns", dim != "rows"
     scale = check.scalar(op, "scale", scale, queries)
     if key_bias is not None:
         check.vector(op, "key_bias", key_bias, n, queries, floating=True)
-    masks = check.masks(op, queries, keys, query_ids, key_ids, positives, guide)
+    masks = check.masks(op, queries, keys, query_ids, key_ids, positives, guide, return_positives)
     chosen = choose(op, implementation, device, queries.dtype)
 
     if chosen == "reference":
-        results = _reference(queries, keys, scale, key_bias, masks, rows, columns, return_best)
+        results = _reference(queries, keys, scale, key_bias, masks, rows, columns, return_positives, return_best)
         return results if len(results) > 1 else results[0]
 
     symmetric = keys is queries and key_bias is None and not columns and query_ids is key_ids and guide is None
-    symmetric = symmetric and not isinstance(positives, Tensor)
+    symmetric = symmetric and not isinstance(positives, Tensor) and not return_positives
     plan = _plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace)
     run = torch.ops.fastcontrast.similarity_lse if torch.compiler.is_compiling() else _Eager.apply
     keys = None if symmetric else _rows_contiguous(keys)
-    r, c, r_best, c_best, *_ = run(
-        _rows_contiguous(queries), keys, scale, key_bias, *masks, rows, columns, return_best, plan.mix, plan.keep
+    r, c, own, r_best, c_best, *_ = run(
+        _rows_contiguous(queries),
+        keys,
+        scale,
+        key_bias,
+        *masks,
+        rows,
+        columns,
+        return_positives,
+        return_best,
+        plan.mix,
+        plan.keep,
     )
-    results = [x for x, wanted in ((r, rows), (c, columns)) if wanted]
-    if return_best:
-        results += [x for x, wanted in ((r_best, rows), (c_best, columns)) if wanted]
+    outputs = ((r, rows), (c, columns), (own, return_positives), (r_best, rows and return_best))
+    results = [x for x, wanted in (*outputs, (c_best, columns and return_best)) if wanted]
     return tuple(results) if len(results) > 1 else results[0]
 
 
