@@ -38,8 +38,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::init([](Address data, int64_t i0, int64_t rows, int64_t j0, int64_t columns, Address guide) {
             return Tile{at<float>(data), i0, rows, j0, columns, at<float>(guide)};
         }),
-        py::arg("data"), py::arg("i0"), py::arg("rows"), py::arg("j0"), py::arg("columns"),
-        py::arg("guide") = 0);
+        py::arg("data"), py::arg("i0"), py::arg("rows"), py::arg("j0"), py::arg("columns"), py::arg("guide") = 0);
     py::class_<Running>(m, "Running")
         .def(py::init<int64_t, bool>(), py::arg("count"), py::arg("best") = false)
         .def(
@@ -49,27 +48,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                 running.finish(at<float>(high), at<float>(low), at<int64_t>(best), at<float>(sum));
             },
             py::arg("high"), py::arg("low"), py::arg("best") = 0, py::arg("sum") = 0);
-    py::class_<Softmax>(m, "Softmax").def(py::init([](Address gradient, Address high, Address low) {
-                                              return Softmax{at<float>(gradient), at<float>(high), at<float>(low)};
-                                          }),
-                                          py::arg("gradient") = 0, py::arg("high") = 0, py::arg("low") = 0);
+    py::class_<Softmax>(m, "Softmax")
+        .def(py::init([](Address gradient, Address high, Address low) {
+                 return Softmax{at<float>(gradient), at<float>(high), at<float>(low)};
+             }),
+             py::arg("gradient") = 0, py::arg("high") = 0, py::arg("low") = 0);
     m.def(
         "lse",
         [](const Logits& logits, const Tile& tile, Running* rows, Running* columns, Address own, Address rescale,
            int threads) {
             py::gil_scoped_release release;
-            lse(logits, tile, rows ? rows->online() : Online{}, columns ? columns->online() : Online{},
-                at<float>(own), at<float>(rescale), threads);
+            lse(logits, tile, rows ? rows->online() : Online{}, columns ? columns->online() : Online{}, at<float>(own),
+                at<float>(rescale), threads);
         },
         py::arg("logits"), py::arg("tile"), py::arg("rows").none(true), py::arg("columns").none(true),
         py::arg("own") = 0, py::arg("rescale") = 0, py::arg("threads") = 1);
     m.def(
         "weights",
-        [](const Logits& logits, const Tile& target, Address source, const Softmax& rows,
-           const Softmax& columns, Address own_gradient, int threads) {
+        [](const Logits& logits, const Tile& target, Address source, const Softmax& rows, const Softmax& columns,
+           Address own_gradient, int threads) {
             py::gil_scoped_release release;
             weights(logits, target, at<float>(source), rows, columns, at<float>(own_gradient), threads);
         },
-        py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("rows"),
-        py::arg("columns"), py::arg("own_gradient") = 0, py::arg("threads") = 1);
+        py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("rows"), py::arg("columns"),
+        py::arg("own_gradient") = 0, py::arg("threads") = 1);
 }

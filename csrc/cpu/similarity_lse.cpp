@@ -119,8 +119,7 @@ FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t b
                 if (column >= 0) own[tile.i0 + i] = row[column];
             }
             if (columns) {
-                if (!columns->best.empty())
-                    column_best(row, columns->max.data(), columns->best.data(), tile.i0 + i, n);
+                if (!columns->best.empty()) column_best(row, columns->max.data(), columns->best.data(), tile.i0 + i, n);
                 column_max(row, columns->max.data(), n);
             }
             if (rows.max) {
@@ -150,8 +149,7 @@ FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t b
                 for (int64_t j = 0; j < n; ++j) part[j] += exp_fast(row[j] - finite(max[j]));
             }
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j)
-                sum[j] = sum[j] * exp_fast(finite(old[j]) - finite(max[j])) + part[j];
+            for (int64_t j = 0; j < n; ++j) sum[j] = sum[j] * exp_fast(finite(old[j]) - finite(max[j])) + part[j];
         }
     }
 }
@@ -205,8 +203,7 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
             for (int64_t j = 0; j < n; ++j) out[j] = flush(g * exp_fast((out[j] - r) - r_low));
         } else if (columns.gradient) {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j)
-                out[j] = flush(h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
+            for (int64_t j = 0; j < n; ++j) out[j] = flush(h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
         } else {
             std::fill_n(out, n, 0.0f);
         }
@@ -219,8 +216,7 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
 
 }  // namespace
 
-void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, float* own, float* rescale,
-         int threads) {
+void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, float* own, float* rescale, int threads) {
     const int count = team(threads, tile.m * tile.n);
     // Contiguous shares fixed by the thread count, merged in order: the same bits on every run.
     std::vector<ColumnState> states(columns.max ? count : 0, ColumnState(columns.max ? tile.n : 0, columns.best));
@@ -239,12 +235,11 @@ void weights(const Logits& logits, const Tile& target, const float* source, Soft
     const int64_t share = (target.m + count - 1) / count;
 #pragma omp parallel for num_threads(count) schedule(static, 1)
     for (int t = 0; t < count; ++t)
-        weights_rows(logits, target, source, std::min(t * share, target.m),
-                     std::min((t + 1) * share, target.m), rows, columns, own_gradient);
+        weights_rows(logits, target, source, std::min(t * share, target.m), std::min((t + 1) * share, target.m), rows,
+                     columns, own_gradient);
 }
 
-Running::Running(int64_t count, bool best)
-    : max_(count, -FLT_MAX), sum_(count, 0.0f), best_(best ? count : 0, -1) {}
+Running::Running(int64_t count, bool best) : max_(count, -FLT_MAX), sum_(count, 0.0f), best_(best ? count : 0, -1) {}
 
 void Running::finish(float* high, float* low, int64_t* best, float* sum) const {
     for (size_t i = 0; i < max_.size(); ++i) {

