@@ -66,10 +66,17 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def(
         "weights",
         [](const Logits& logits, const Tile& target, Address source, const Softmax& rows, const Softmax& columns,
-           Address own_gradient, int threads) {
+           Address own_gradient, float factor, int threads) {
             py::gil_scoped_release release;
-            weights(logits, target, at<float>(source), rows, columns, at<float>(own_gradient), threads);
+            weights(logits, target, at<float>(source), rows, columns, at<float>(own_gradient), factor, threads);
         },
         py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("rows"), py::arg("columns"),
-        py::arg("own_gradient") = 0, py::arg("threads") = 1);
+        py::arg("own_gradient") = 0, py::arg("factor") = 1.0f, py::arg("threads") = 1);
+    m.def(
+        "dot",
+        [](Address a, Address b, int64_t count) {
+            py::gil_scoped_release release;
+            return dot(at<float>(a), at<float>(b), count);
+        },
+        py::arg("a"), py::arg("b"), py::arg("count"));
 }

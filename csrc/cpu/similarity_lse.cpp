@@ -174,7 +174,8 @@ FC_INLINE float flush(float x) { return std::fabs(x) < FLT_MIN ? 0.0f : x; }
 FC_INLINE float unless_empty(float lse) { return lse < -FLT_MAX ? FLT_MAX : lse; }
 
 FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const float* source, int64_t begin,
-                                   int64_t end, Softmax rows, Softmax columns, const float* own_gradient) {
+                                   int64_t end, Softmax rows, Softmax columns, const float* own_gradient,
+                                   float factor) {
     const int64_t n = tile.n;
     for (int64_t i = begin; i < end; ++i) {
         float* target = tile.data + i * tile.n;
@@ -184,7 +185,7 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
             logits_row(logits, tile, i, target);
         }
         const int64_t at = tile.i0 + i;
-        const float g = rows.gradient ? rows.gradient[at] : 0.0f;
+        const float g = rows.gradient ? factor * rows.gradient[at] : 0.0f;
         const float r = rows.gradient ? unless_empty(rows.high[at]) : 0.0f;
         const float r_low = rows.gradient ? rows.low[at] : 0.0f;
         const float* __restrict h = columns.gradient ? columns.gradient + tile.j0 : nullptr;
@@ -197,19 +198,20 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j)
                 out[j] = flush(g * exp_fast((out[j] - r) - r_low) +
-                               h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
+                               factor * h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
         } else if (rows.gradient) {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j) out[j] = flush(g * exp_fast((out[j] - r) - r_low));
         } else if (columns.gradient) {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) out[j] = flush(h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
+            for (int64_t j = 0; j < n; ++j)
+                out[j] = flush(factor * h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
         } else {
             std::fill_n(out, n, 0.0f);
         }
         if (own_gradient) {
             const int64_t column = own_column(logits, tile, i);
-            if (column >= 0) out[column] += own_gradient[at];
+            if (column >= 0) out[column] += factor * own_gradient[at];
         }
     }
 }
@@ -230,13 +232,20 @@ void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, fl
 }
 
 void weights(const Logits& logits, const Tile& target, const float* source, Softmax rows, Softmax columns,
-             const float* own_gradient, int threads) {
+             const float* own_gradient, float factor, int threads) {
     const int count = team(threads, target.m * target.n);
     const int64_t share = (target.m + count - 1) / count;
 #pragma omp parallel for num_threads(count) schedule(static, 1)
     for (int t = 0; t < count; ++t)
         weights_rows(logits, target, source, std::min(t * share, target.m), std::min((t + 1) * share, target.m), rows,
-                     columns, own_gradient);
+                     columns, own_gradient, factor);
+}
+
+FC_VECTOR_CLONES double dot(const float* a, const float* b, int64_t count) {
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+    return sum;
 }
 
 Running::Running(int64_t count, bool best) : max_(count, -FLT_MAX), sum_(count, 0.0f), best_(best ? count : 0, -1) {}

@@ -42,10 +42,13 @@ struct Softmax {
     const float* low;
 };
 
-// target_ij = rows' + columns' share + own_gradient_i where j is row i's own column. `source` [m, n] holds logits kept
-// from `lse`; if it is null, the target holds raw products. Each share may be absent.
+// target_ij = factor · (rows' + columns' share + own_gradient_i where j is row i's own column). `source` [m, n] holds
+// logits kept from `lse`; if it is null, the target holds raw products. Each share may be absent.
 void weights(const Logits&, const Tile& target, const float* source, Softmax rows, Softmax columns,
-             const float* own_gradient, int threads);
+             const float* own_gradient, float factor, int threads);
+
+// Σ_i a_i · b_i in double.
+double dot(const float* a, const float* b, int64_t count);
 
 // The running state of a whole direction. It lives here rather than in tensors: for a small batch the allocations of
 // five tensors would take as long as the sweep.

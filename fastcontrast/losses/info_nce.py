@@ -235,7 +235,9 @@ def _with_extras(lse: Tensor, extras: list[Tensor]) -> Tensor:
 
 
 def _mean(terms: list[Tensor]) -> Tensor:
-    return terms[0] if len(terms) == 1 else torch.stack(terms).mean(0) if len(terms) > 2 else (terms[0] + terms[1]) / 2
+    if len(terms) == 1:
+        return terms[0]
+    return torch.lerp(*terms, 0.5) if len(terms) == 2 else torch.stack(terms).mean(0)
 
 
 def _joint(blocks, extras, positive, has_positive: int, count_positive_once: bool) -> Tensor:

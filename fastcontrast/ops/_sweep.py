@@ -63,9 +63,8 @@ class Sweep:
         self.masks = masks
         self._keys_block: tuple[int, Tensor | None] = (-1, None)
         self.columns = ROWS if self.symmetric else COLUMNS
-        entries = min(self.m, ROWS) * min(self.n, self.columns)
-        self.buffer = _empty(entries)
-        self.guide_buffer = None if masks.guide_queries is None else _empty(entries)
+        self._buffer: Tensor | None = None
+        self._guide_buffer: Tensor | None = None
         self.key_bias = None if key_bias is None else key_bias.float().contiguous()
         self.logits = native.Logits(
             scale=float(scale),
@@ -90,7 +89,7 @@ class Sweep:
         return ((*i, *j) for j in columns for i in rows)
 
     def queries_block(self, i0: int, rows: int) -> Tensor:  # [rows, D] fp32
-        return self.queries[i0 : i0 + rows].float()
+        return (self.queries if rows == self.m else self.queries[i0 : i0 + rows]).float()
 
     def keys_block(self, j0: int, columns: int) -> Tensor:  # [columns, D] fp32
         if self._keys_block[0] != j0:  # columns are outermost: half-precision keys are converted once
@@ -103,15 +102,21 @@ class Sweep:
 
         Kept logits lie tile after tile: with rows a power of two apart, a product would write into few cache sets.
         """
-        buffer, start = self.buffer, 0
         if kept is not None and i0 < kept.shape[0]:
-            buffer, start = kept.view(-1), i0 * self.n + rows * j0
-        return buffer[start : start + rows * columns].view(rows, columns)
+            return _view(kept.view(-1), i0 * self.n + rows * j0, rows, columns)
+        if self._buffer is None:  # not before: with all logits kept, the forward needs none
+            self._buffer = self._new_buffer()
+        return _view(self._buffer, 0, rows, columns)
+
+    def _new_buffer(self) -> Tensor:
+        return _empty(min(self.m, ROWS) * min(self.n, self.columns))
 
     def native_tile(self, tile: Tensor, i0: int, j0: int, *, guide: bool = True) -> object:
         rows, columns = tile.shape
-        if self.guide_buffer is not None and guide:
-            similarity = self.guide_buffer[: rows * columns].view(rows, columns)
+        if self.masks.guide_queries is not None and guide:
+            if self._guide_buffer is None:
+                self._guide_buffer = self._new_buffer()
+            similarity = _view(self._guide_buffer, 0, rows, columns)
             torch.mm(
                 self.masks.guide_queries[i0 : i0 + rows].float(),
                 self.masks.guide_keys[j0 : j0 + columns].float().t(),
@@ -177,10 +182,11 @@ def gradients(
     rows: tuple[Tensor, Tensor, Tensor] | None,  # gradient, high, low, each [M]
     columns: tuple[Tensor, Tensor, Tensor] | None,  # each [N]
     own_gradient: Tensor | None,  # [M]
+    factor: float,
     kept: Tensor,  # [keep, N]
     needs: tuple[bool, bool, bool],  # G·K [M, D], Gᵀ·Q [N, D], ΣG over rows [N]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """G·K, Gᵀ·Q and Σ_i G_ij for G_ij = g_i·exp(L_ij - r_i) + h_j·exp(L_ij - c_j) + p_i·[j is i's own], before `scale`.
+    """G·K, Gᵀ·Q and Σ_i G_ij for G_ij = g_i·exp(L_ij - r_i) + h_j·exp(L_ij - c_j) + p_i·[j is i's own], times `factor`.
 
     Symmetric: `rows` stands for both directions, and G·K is the whole gradient of the one tensor.
     """
@@ -198,7 +204,7 @@ def gradients(
         if not source:
             torch.mm(q, k.t(), out=tile)
         native_tile = sweep.native_tile(tile, i0, j0, guide=not source)
-        native.weights(sweep.logits, native_tile, source, row_softmax, column_softmax, own_address, sweep.threads)
+        native.weights(sweep.logits, native_tile, source, row_softmax, column_softmax, own_address, factor, sweep.threads)
         if dq is not None:
             _add(dq, i0, tile, k, first=not j0)
         if sweep.symmetric and i0 != j0:
@@ -210,6 +216,12 @@ def gradients(
     return dq, dk, dbias
 
 
+def dot(a: Tensor, b: Tensor) -> float:
+    """Σ a·b in double, for fp32 `a` [M, D] without gaps and any `b` [M, D]: terms of both signs cancel."""
+    blocks = ((a[i : i + n], b[i : i + n].float().contiguous()) for i, n in _blocks(0, a.shape[0], ROWS))
+    return sum(native.dot(x.data_ptr(), y.data_ptr(), x.numel()) for x, y in blocks)
+
+
 def _gradient(like: Tensor, others: int) -> Tensor:
     """Where the gradient of `like` accumulates; its first tile overwrites it, and without others there is none."""
     return torch.empty(like.shape, dtype=torch.float32) if others else torch.zeros(like.shape, dtype=torch.float32)
@@ -217,7 +229,7 @@ def _gradient(like: Tensor, others: int) -> Tensor:
 
 def _add(out: Tensor, start: int, a: Tensor, b: Tensor, *, first: bool) -> None:
     """out[start:] += a · b, or = if it is the first contribution."""
-    rows = out[start : start + a.shape[0]]
+    rows = out if a.shape[0] == out.shape[0] else out[start : start + a.shape[0]]
     if first:
         torch.mm(a, b, out=rows)
     else:
@@ -230,9 +242,14 @@ def _blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
 
 def _empty(*shape: int) -> Tensor:
     buffer = torch.empty(shape, dtype=torch.float32)
-    if buffer.nbytes >= HUGE_PAGES_FROM:
+    if buffer.numel() * 4 >= HUGE_PAGES_FROM:
         native.huge_pages(buffer.data_ptr(), buffer.nbytes)
     return buffer
+
+
+def _view(buffer: Tensor, start: int, rows: int, columns: int) -> Tensor:
+    """[rows, columns] of a flat buffer."""
+    return buffer.as_strided((rows, columns), (columns, 1), start)
 
 
 def _address(tensor: Tensor | None) -> int:

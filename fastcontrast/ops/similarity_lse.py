@@ -115,14 +115,17 @@ def _backward_cpu(queries, keys, scale, key_bias, *rest):
     masks = Masks(*rest[:6])
     g, h, p, r, c, r_low, c_low, kept, mix, needs = rest[6:]
     need_queries, need_keys, need_scale, need_bias = needs
-    factor = float(scale)
-    nothing = queries.new_empty(0, dtype=torch.float32)
+    nothing = torch.empty(0)
+    # Inside the weights the factor costs no pass of its own; one that is nearly zero could not be divided out again.
+    value = float(scale)
+    factor = value if abs(value) > 1e-3 else 1.0
     dq = dk = db = None
     if mix.numel():
         dq = mix.mul(g[:, None]) if g is not None else torch.zeros_like(mix)
         if p is not None:
             p = p.masked_fill(masks.positives < 0, 0.0)
             dq.addcmul_(p[:, None], keys.index_select(0, masks.positives.clamp(min=0)).float())
+        dq.mul_(factor)
     else:
         sweep = _sweep.Sweep(queries, keys, scale, key_bias, masks)
         via_keys = need_scale and need_keys and not need_queries and not sweep.symmetric
@@ -131,20 +134,24 @@ def _backward_cpu(queries, keys, scale, key_bias, *rest):
             None if g is None else (g.float().contiguous(), r, r_low),
             None if h is None else (h.float().contiguous(), c, c_low),
             None if p is None else p.float().contiguous(),
+            factor,
             kept,
             (need_queries or (need_scale and not via_keys), need_keys and not sweep.symmetric, need_bias),
         )
     dscale = nothing.clone()
     if need_scale:
-        # In double: terms of both signs cancel. A symmetric G·K counts each pair in both orders.
-        product, other = (dq, queries) if dq is not None else (dk, keys)
-        dscale = torch.linalg.vecdot(product, other.float()).sum(dtype=torch.float64)
-        dscale = (dscale * (0.5 if keys is None else 1.0)).to(scale.dtype)
+        # A symmetric G·K counts each pair in both orders.
+        total = _sweep.dot(dq, queries) if dq is not None else _sweep.dot(dk, keys)
+        dscale = torch.full((), total / factor * (0.5 if keys is None else 1.0), dtype=scale.dtype)
+    if factor != value:
+        for gradient in (dq, dk):
+            if gradient is not None:
+                gradient.mul_(value)
     return (
-        dq.mul_(factor).to(queries.dtype) if need_queries else nothing,
-        dk.mul_(factor).to(keys.dtype) if need_keys and dk is not None else nothing.clone(),
+        dq.to(queries.dtype) if need_queries else nothing,
+        dk.to(keys.dtype) if need_keys and dk is not None else nothing.clone(),
         dscale,
-        db.to(key_bias.dtype) if need_bias else nothing.clone(),
+        db.div_(factor).to(key_bias.dtype) if need_bias else nothing.clone(),
     )
 
 
