@@ -68,14 +68,14 @@ class Recipe:
 RECIPES = {
     "icons": Recipe(
         steps=45, adam=4e-3, muon=0.05, scale=15.0, shift=2, chunk=1024, sides=("image", "text"),
-        queries=("a hot drink", "bad weather", "somebody is sleeping", "listen to music", "pay the bill", "broken"),
+        queries=("bad weather", "riding a bicycle", "pay the bill", "somebody is sleeping", "a phone call", "warning"),
     ),
     "wordnet": Recipe(
         steps=75, adam=4e-3, muon=0.0, scale=20.0, shift=0, chunk=4096, sides=("gloss", "words"),
         queries=("a large wild cat", "to move quickly on foot", "very happy"),
     ),
     "docstrings": Recipe(
-        steps=30, adam=4e-3, muon=0.0, scale=20.0, shift=0, chunk=4096, sides=("code", "docstring"),
+        steps=20, adam=4e-3, muon=0.0, scale=20.0, shift=0, chunk=4096, sides=("code", "docstring"),
         queries=("delete a directory tree", "send an email", "parse a date"),
     ),
 }  # fmt: skip

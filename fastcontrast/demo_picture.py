@@ -136,9 +136,9 @@ def _icon(axes: Any, glyph: Tensor, name: str, right: bool) -> None:
     for spine in box.spines.values():
         spine.set(edgecolor=GREEN if right else LIGHT, linewidth=2 if right else 0.8)
     axes.set_axis_off()
-    text = textwrap.fill(name, 13, max_lines=3)
+    text = textwrap.fill(name, 12, max_lines=3)
     axes.text(
-        0.41, 0.5, text, va="center", ha="left", fontsize=7.5, color=GREEN if right else GREY, transform=axes.transAxes
+        0.41, 0.5, text, va="center", ha="left", fontsize=7, color=GREEN if right else GREY, transform=axes.transAxes
     )
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastcontrast import GradCache
-from fastcontrast import _graph_keeper as keeper
+from fastcontrast.grad_cache import graph_keeper as keeper
 
 B, D = 13, 6  # a prime: every chunk size leaves a ragged last chunk
 
@@ -408,6 +408,26 @@ def test_out_of_memory_while_keeping_drops_the_graphs(fail_at):
     assert cache.kept_graphs == 0 and f"out of memory with {fail_at - 1} graphs kept" in cache.plan.reason
     cache(x, y)  # the next step tries less
     assert cache.kept_graphs == (fail_at - 1) // 2
+
+
+def test_out_of_memory_beside_kept_graphs_without_a_graph_of_its_own(monkeypatch):
+    a, failures = Tower(), iter([False, False, True])
+    answers = iter([True, True, False, False])
+    monkeypatch.setattr(keeper.GraphKeeper, "fits", lambda *_, **__: next(answers))
+
+    def model(x):
+        if next(failures, False):
+            raise torch.OutOfMemoryError("out of memory")
+        return a(x)
+
+    x = torch.randn(B, D)
+    cache = GradCache([model], 4, lambda q: q.pow(2).sum())
+    cache(x)
+    assert cache.kept_graphs == 0 and "with 2 graphs kept" in cache.plan.reason
+    ours = gradients(a)
+    clear(a)
+    a(x).pow(2).sum().backward()
+    assert_equal(ours, gradients(a))
 
 
 def test_out_of_memory_is_not_swallowed_when_a_number_was_asked():

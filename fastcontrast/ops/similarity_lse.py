@@ -62,8 +62,10 @@ def _reference(queries, keys, scale, key_bias, masks, rows, columns, own, best) 
     dims = [dim for dim, wanted in ((1, rows), (0, columns)) if wanted]
     results = [reference_lse(logits, dim) for dim in dims]
     if own:
-        none = masks.positives < 0
-        results.append(logits.gather(1, masks.positives.clamp(min=0)[:, None])[:, 0].masked_fill(none, float("-inf")))
+        n = logits.shape[1]  # a column of −inf behind the last for rows without one: with no keys there is no other
+        column = masks.positives.masked_fill((masks.positives < 0) | (masks.positives >= n), n)
+        padded = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
+        results.append(padded.gather(1, column[:, None])[:, 0])
     if best:
         results += [_first_best(logits, dim) for dim in dims]
     return tuple(results)
@@ -122,9 +124,10 @@ def _backward_cpu(queries, keys, scale, key_bias, *rest):
     dq = dk = db = None
     if mix.numel():
         dq = mix.mul(g[:, None]) if g is not None else torch.zeros_like(mix)
-        if p is not None:
-            p = p.masked_fill(masks.positives < 0, 0.0)
-            dq.addcmul_(p[:, None], keys.index_select(0, masks.positives.clamp(min=0)).float())
+        if p is not None and p.numel() and keys.shape[0]:
+            column = masks.positives.clamp(0, keys.shape[0] - 1)
+            p = p.masked_fill(masks.positives != column, 0.0)
+            dq.addcmul_(p[:, None], keys.index_select(0, column).float())
         dq.mul_(factor)
     else:
         sweep = _sweep.Sweep(queries, keys, scale, key_bias, masks)

@@ -30,10 +30,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import _chunks
-from ._chunks import leaves, map_leaves, tensors
-from ._graph_keeper import GraphKeeper
-from ._replay import Buffers, Replay, random_devices
+from . import chunks as _chunks
+from .chunks import leaves, map_leaves, tensors
+from .graph_keeper import GraphKeeper
+from .replay import Buffers, Replay, random_devices
 
 
 @dataclass(frozen=True)
