@@ -1,0 +1,126 @@
+"""Floors of the similarity benchmarks: bare matrix products, with outputs allocated beforehand.
+
+Tiled as the sweep tiles them, and each over the whole matrix at once where that fits; the faster of the two counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fastcontrast.ops import _dispatch, _sweep
+from fastcontrast.ops._sweep import COLUMNS, ROWS
+
+from ._harness import Floor, Step
+from ._pairs import Batch
+
+
+def _buffer(*shape: int) -> Tensor:
+    """On huge pages where the sweep's own buffers are: a floor must not be slower for its pages."""
+    return _sweep._empty(*shape) if _dispatch.native else torch.empty(shape)
+
+
+def _tiles(m: int, n: int, rows_outermost: bool = False) -> Iterator[tuple[slice, slice]]:
+    rows = [slice(i, min(i + ROWS, m)) for i in range(0, m, ROWS)]
+    columns = [slice(j, min(j + COLUMNS, n)) for j in range(0, n, COLUMNS)]
+    return ((i, j) for i in rows for j in columns) if rows_outermost else ((i, j) for j in columns for i in rows)
+
+
+def _into(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    if first:
+        torch.mm(a, b, out=out)
+    else:
+        out.addmm_(a, b)
+
+
+def tiled(products: int, batch: Batch, part: int = 1) -> Step:
+    """4: every tile twice, and both gradients; 3: tiles kept; 2: one pass, one gradient. `part`: 1/part of the rows."""
+    q, k = batch.queries.detach(), batch.keys.detach()
+    q = q[: len(q) // part]
+    m, n = len(q), len(k)
+    dq, dk = torch.empty_like(q), torch.empty_like(k)
+    kept = _buffer(m * n if products == 3 else min(m, ROWS) * min(n, COLUMNS))
+
+    def tile(i: slice, j: slice) -> Tensor:
+        rows, columns = i.stop - i.start, j.stop - j.start
+        start = i.start * n + rows * j.start if products == 3 else 0
+        return kept[start : start + rows * columns].view(rows, columns)
+
+    def step() -> None:
+        if products > 2:
+            for i, j in _tiles(m, n):
+                torch.mm(q[i], k[j].T, out=tile(i, j))
+        for i, j in _tiles(m, n, rows_outermost=products == 2):
+            t = tile(i, j)
+            if products != 3:
+                torch.mm(q[i], k[j].T, out=t)
+            _into(dq[i], t, k[j], first=not j.start)
+            if products > 2:
+                _into(dk[j], t.T, q[i], first=not i.start)
+
+    return step
+
+
+def whole(products: int, batch: Batch) -> Step:
+    """The same products, each over the whole matrix."""
+    q, k = batch.queries.detach(), batch.keys.detach()
+    logits, dq, dk = _buffer(len(q), len(k)), torch.empty_like(q), torch.empty_like(k)
+
+    def step() -> None:
+        torch.mm(q, k.T, out=logits)
+        if products == 4:
+            torch.mm(q, k.T, out=logits)
+        torch.mm(logits, k, out=dq)
+        if products > 2:
+            torch.mm(logits.T, q, out=dk)
+
+    return step
+
+
+def _set(batch: Batch, views: bool) -> Tensor:
+    return torch.cat([batch.queries, batch.keys]).detach() if views else batch.queries.detach()
+
+
+def symmetric_tiled(batch: Batch, views: bool = True) -> Step:
+    """Tiles on and above the diagonal, twice, each into the gradients of its rows and of its columns: 2 products."""
+    z = _set(batch, views)
+    n, dz = len(z), torch.empty_like(z)
+    buffer = _buffer(min(n, ROWS) ** 2)
+    blocks = [slice(i, min(i + ROWS, n)) for i in range(0, n, ROWS)]
+    upper = [(i, j) for i in blocks for j in blocks if j.start >= i.start]
+
+    def step() -> None:
+        for gradients in (False, True):
+            for i, j in upper:
+                rows, columns = i.stop - i.start, j.stop - j.start
+                t = buffer[: rows * columns].view(rows, columns)
+                torch.mm(z[i], z[j].T, out=t)
+                if gradients:
+                    _into(dz[i], t, z[j], first=not j.start)
+                    if i != j:
+                        _into(dz[j], t.T, z[i], first=not i.start)
+
+    return step
+
+
+def symmetric_whole(batch: Batch, views: bool = True) -> Step:
+    z = _set(batch, views)
+    logits, dz = _buffer(len(z), len(z)), torch.empty_like(z)
+
+    def step() -> None:
+        torch.mm(z, z.T, out=logits)
+        torch.mm(logits, z, out=dz)
+
+    return step
+
+
+def floor(products: int) -> dict[str, Floor]:
+    return {f"{products} products": Floor({"tiled": partial(tiled, products), "whole": partial(whole, products)})}
+
+
+def symmetric_floor(views: bool = True) -> dict[str, Floor]:
+    variants = {"tiled": partial(symmetric_tiled, views=views), "whole": partial(symmetric_whole, views=views)}
+    return {"2 products": Floor(variants)}

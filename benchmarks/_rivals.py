@@ -1,0 +1,102 @@
+"""Losses of other packages behind one signature: `rival(...)` gives `loss(queries, keys, scale) -> Tensor`.
+
+A factory raises ImportError with the package's name when it is not installed. Nothing here changes what a rival
+computes; where one normalises its inputs, the benchmark normalises for the others.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+Loss = Callable[[Tensor, Tensor, "Tensor | float"], Tensor]
+
+
+def need(module: str, package: str) -> ModuleType:
+    """The module, or ImportError that says what to install."""
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        raise ImportError(f"{package} is not installed")
+    declare_torchvision_operators()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module(module)
+
+
+_declared: list[torch.library.Library] = []
+
+
+def declare_torchvision_operators() -> None:
+    """Lets a CUDA build of torchvision (what PyPI serves on Linux) import beside a CPU build of torch.
+
+    Its library of operators then cannot be loaded, and `import torchvision` fails where it describes two of them to
+    the compiler. Declaring these two is enough for its Python parts, and for open_clip, timm, lightly and transformers.
+    """
+    if _declared or torch.version.cuda is not None or torch.version.hip is not None:
+        return
+    spec = importlib.util.find_spec("torchvision")  # finds, does not import
+    if spec is None or not spec.submodule_search_locations:
+        return
+    for path in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(path))
+        except OSError:
+            continue
+        return
+    library = torch.library.Library("torchvision", "FRAGMENT")
+    for name in ("nms", "qnms"):
+        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)  # a library that is collected takes its operators with it
+
+
+@functools.cache
+def _open_clip_loss() -> ModuleType:
+    """open_clip/loss.py by its path: it needs torch alone, the package torchvision and timm."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError("open_clip_torch is not installed")
+    path = Path(spec.submodule_search_locations[0]) / "loss.py"
+    loss = importlib.util.spec_from_file_location("open_clip_loss", path)
+    module = importlib.util.module_from_spec(loss)
+    loss.loader.exec_module(module)
+    return module
+
+
+def open_clip() -> Loss:
+    """open_clip.ClipLoss on one process; its `logit_scale` comes exponentiated."""
+    return _open_clip_loss().ClipLoss()
+
+
+def lightly_nt_xent(scale: float) -> Loss:
+    loss = need("lightly.loss.ntx_ent_loss", "lightly").NTXentLoss(temperature=1 / scale)
+    return lambda view1, view2, _: loss(view1, view2)
+
+
+def metric_learning_nt_xent(scale: float) -> Loss:
+    """pytorch_metric_learning.losses.NTXentLoss with one label a pair, which makes it SimCLR's."""
+    loss = need("pytorch_metric_learning.losses", "pytorch-metric-learning").NTXentLoss(temperature=1 / scale)
+
+    def call(view1: Tensor, view2: Tensor, _: Tensor | float) -> Tensor:
+        return loss(torch.cat([view1, view2]), torch.arange(view1.shape[0]).repeat(2))
+
+    return call
+
+
+def metric_learning_supcon(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
+    return need("pytorch_metric_learning.losses", "pytorch-metric-learning").SupConLoss(temperature=1 / scale)
+
+
+def sentence_transformers_cached(scale: float, mini_batch: int) -> Callable[[list[list[Tensor]]], Tensor]:
+    """Loss stage of CachedMultipleNegativesRankingLoss: `stage([query chunks, document chunks])`, leaves of
+    `mini_batch` rows, leaves its gradients in their `.grad`, as its trainer calls it."""
+    losses = need("sentence_transformers.sentence_transformer.losses", "sentence-transformers")
+    model = nn.Sequential(nn.Identity())  # asked only for the kind of its first module
+    loss = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=mini_batch)
+    return lambda reps: loss.calculate_loss(reps, with_backward=True)

@@ -1,0 +1,23 @@
+"""What `import fastcontrast` adds to `import torch`, in fresh processes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from ._harness import Bar, Row
+
+CODE = "import time, torch; start = time.perf_counter(); import fastcontrast; print(time.perf_counter() - start)"
+
+
+def rows(quick: bool, reps: int | None) -> list[Row]:
+    row = Row("import_time", "on top of torch", "fastcontrast")
+    # The first process may find the files outside the page cache, and is not counted.
+    row.timed([_seconds() for _ in range(1 + (reps or (3 if quick else 7)))][1:])
+    row.judge(Bar("fastcontrast", at_most=0.2), row.seconds)
+    return [row]
+
+
+def _seconds() -> float:
+    command = [sys.executable, "-c", CODE]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)

@@ -1,0 +1,251 @@
+"""The harness: wrong, missing and broken providers are named, floors and bars are right, reports are whole."""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcontrast import cli
+from fastcontrast.testing.shapes import Shape
+
+harness = pytest.importorskip("fastcontrast.benchmarks._harness")
+from fastcontrast.benchmarks import _memory, _pairs, _report, similarity_lse  # noqa: E402
+
+TINY = Shape("tiny", 48, 48, 8)
+MODULE = "fastcontrast.benchmarks.similarity_lse"
+
+# Doubling a vector: its truth is exact, and each provider's fault is one.
+FAULTY = """
+import time
+import torch
+from fastcontrast.benchmarks._harness import Bar, Floor, Provider, Workload
+
+def step(seconds=0.0, error=0.0, scratch=0):
+    def make(x):
+        def run():
+            if scratch:
+                torch.ones(scratch, dtype=torch.uint8)
+            time.sleep(seconds)
+            return (x * (2 + error),)
+        return run
+    return make
+
+def absent(x):
+    raise ImportError("nothing-like-this is not installed")
+
+def broken(x):
+    return lambda: torch.mm(x, x)
+
+def workloads(quick):
+    providers = {
+        "fastcontrast": Provider(step(0.004), memory=True),
+        "greedy": Provider(step(0.004, scratch=100 << 20), memory=True),
+        "wrong": Provider(step(error=1e-3)),
+        "not a number": Provider(step(error=float("nan"))),
+        "absent": Provider(absent),
+        "broken": Provider(broken),
+        "too large": Provider(step(), needs=1 << 60),
+        "slow": Provider(step(0.012), reps=2),
+    }
+    floors = {"sleep": Floor({"slow": step(0.01), "fast": step(0.002)})}
+    bars = (
+        Bar("fastcontrast", "sleep", at_most=1e3),
+        Bar("fastcontrast", "sleep", at_most=1.0),
+        Bar("slow", "fastcontrast", at_least=2.0),
+        Bar("wrong", "fastcontrast", at_least=2.0),
+        Bar("fastcontrast", at_most=90 << 20, what="peak_extra_bytes"),
+        Bar("greedy", at_most=90 << 20, what="peak_extra_bytes"),
+    )
+    x = torch.ones(1000)
+    inputs = lambda shape: torch.ones(shape)
+    return [Workload("double", 1000, 10, inputs, lambda x: (2 * x.double(),), providers, floors, bars, reps=3)]
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Threads that wait for each other on a busy machine would take the time of these tests a hundredfold."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Rows of the faulty module, by provider. It lies in a file, because memory is measured in a new process."""
+    folder = tmp_path_factory.mktemp("faulty")
+    (folder / "faulty_benchmark.py").write_text(FAULTY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        patch.setenv("PYTHONPATH", str(folder))
+        import faulty_benchmark
+
+        (workload,) = faulty_benchmark.workloads(True)
+        yield {row.provider: row for row in harness.run(workload, "faulty_benchmark", quick=True, reps=None)}
+        sys.modules.pop("faulty_benchmark")
+
+
+def test_wrong_providers_get_no_speed(rows):
+    for name in ("wrong", "not a number"):
+        assert rows[name].status == "wrong" and rows[name].seconds is None and rows[name].ratio is None
+    assert rows["wrong"].error == pytest.approx(5e-4, rel=1e-3)
+    assert rows["not a number"].error == math.inf
+    assert rows["fastcontrast"].status == "ok" and rows["fastcontrast"].error == 0
+
+
+def test_what_cannot_run_says_why(rows):
+    assert (rows["absent"].status, rows["absent"].note) == ("missing", "nothing-like-this is not installed")
+    assert rows["broken"].status == "failed" and "RuntimeError" in rows["broken"].note
+    assert rows["too large"].status == "skipped" and "available" in rows["too large"].note
+
+
+def test_floor_is_the_faster_variant_of_the_same_run(rows):
+    assert 0.002 <= rows["sleep, fast"].seconds < rows["sleep, slow"].seconds
+    row = rows["fastcontrast"]
+    assert row.floor == "sleep" and row.floor_seconds == rows["sleep, fast"].seconds
+    assert row.ratio == row.seconds / row.floor_seconds > 1
+    assert row.min_seconds <= row.seconds and (row.reps, rows["slow"].reps) == (3, 2)
+
+
+def test_bars(rows):
+    high, low, memory = rows["fastcontrast"].bars[:1] + rows["fastcontrast"].bars[1:2] + rows["fastcontrast"].bars[-1:]
+    assert high["met"] is True and high["value"] == rows["fastcontrast"].ratio
+    assert low["met"] is False and low["claim"] == "fastcontrast / sleep ≤ 1"
+    assert memory["met"] is True and memory["claim"] == "fastcontrast ≤ 90 MiB"
+    # "slow / fastcontrast" speaks of us, and stands in our row; so does the one that cannot be judged
+    faster, unjudged = rows["fastcontrast"].bars[2:4]
+    assert faster["value"] == rows["slow"].seconds / rows["fastcontrast"].seconds and faster["met"] is True
+    assert unjudged["met"] is None and unjudged["reason"] == "wrong wrong"
+    (greedy,) = rows["greedy"].bars
+    assert greedy["met"] is False
+
+
+def test_memory_is_what_a_step_takes_beyond_its_outputs(rows):
+    assert rows["greedy"].peak_extra_bytes == pytest.approx(100 << 20, rel=0.1)
+    assert rows["fastcontrast"].peak_extra_bytes < 20 << 20
+    # The mark does not remember what came before.
+    torch.ones(200 << 20, dtype=torch.uint8)
+    grown, outputs, seconds = _memory.peak_of(lambda: (torch.ones(1 << 20),))
+    assert grown < 100 << 20 and outputs[0].nbytes == 4 << 20 and seconds > 0
+
+
+def test_table_marks_everything(rows):
+    text = _report.table(rows.values())
+    for mark in ("WRONG", "MISSING", "FAILED", "SKIPPED", "MISSED (", "met (", "not judged", "≤ 90 MiB: met"):
+        assert mark in text
+    lines = text.splitlines()
+    assert len(lines) == 2 + len(rows) and len({len(line) for line in lines}) == 1
+
+
+def test_rounds_are_interleaved_and_shuffled():
+    calls = []
+    steps = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    times = harness.interleave(steps, dict.fromkeys("abc", 1), {"a": 4, "b": 4, "c": 2})
+    assert [len(times[name]) for name in "abc"] == [4, 4, 2]
+    rounds = [calls[:3], calls[3:6], calls[6:8], calls[8:10]]
+    assert [sorted(r) for r in rounds] == [["a", "b", "c"]] * 2 + [["a", "b"]] * 2
+    assert harness.seconds_of(lambda: time.sleep(0.001), 3) < 0.1
+    assert harness.calls_for(1.0) == 1 and harness.calls_for(harness.LEAST_SECONDS / 7) in (7, 8)
+
+
+@pytest.mark.parametrize("shape", [TINY, Shape("copies", 256, 256, 8)], ids=lambda shape: shape.name)
+@pytest.mark.parametrize("kind", ["clip", "clip_ids", "info_nce"])
+def test_truth_of_copies_is_the_truth_of_the_whole(kind, shape, monkeypatch):
+    """The rescaled truth of the small batch, against dense float64 autograd over the whole."""
+    monkeypatch.setattr(_pairs, "BASE", 64)
+    small = (
+        shape._replace(n=256) if hasattr(shape, "_replace") else Shape(shape.name, *[min(256, shape.n)] * 2, shape.d)
+    )
+    batch = _pairs.make_batch(small)
+    assert batch.copies == (1 if shape is TINY else 4)
+    leaves = [x.detach().double().requires_grad_() for x in (batch.queries, batch.keys, batch.scale)]
+    logits = leaves[2] * leaves[0] @ leaves[1].T
+    own = torch.eye(len(logits), dtype=torch.bool)
+    masked = logits
+    if kind == "clip_ids":
+        masked = logits.masked_fill((batch.ids[:, None] == batch.ids) & ~own, -math.inf)
+    loss = masked.logsumexp(1) - logits.diagonal()
+    if kind.startswith("clip"):
+        loss = (loss + masked.logsumexp(0) - logits.diagonal()) / 2
+    exact = (loss.mean().detach(), *torch.autograd.grad(loss.mean(), leaves))
+    assert harness.worst_error(_pairs.truth(kind, batch), exact) < 1e-12
+
+
+def _tiny_workloads(quick):
+    shape = {"shape": TINY, "reps": 1}
+    from dataclasses import replace
+
+    found = []
+    for workload in _real_workloads(quick):
+        providers = {
+            name: replace(provider, memory=False)
+            for name, provider in workload.providers.items()
+            if name in ("fastcontrast", "fastcontrast, ids", "fastcontrast, 4N² bytes", "dense torch")
+        }
+        bars = tuple(bar for bar in workload.bars if bar.of in providers)
+        found.append(replace(workload, providers=providers, bars=bars, alone=False, **shape))
+    return found
+
+
+_real_workloads = similarity_lse.workloads
+
+
+def test_every_workload_is_right_at_a_tiny_size(tmp_path, monkeypatch, capsys):
+    """Our losses and the dense ones against their truths, through the command line to table, plot and JSON."""
+    monkeypatch.setattr(similarity_lse, "workloads", lambda quick: _tiny_workloads(False))
+    status = cli.main(["bench", "similarity_lse", "--large", "--output", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert status == 0, printed
+    record = json.loads((tmp_path / "similarity_lse.json").read_text())
+    assert record["machine"]["cores"] >= 1 and record["machine"]["threads"] == torch.get_num_threads()
+    assert record["versions"]["torch"] == torch.__version__ and record["date"].endswith("+00:00")
+    assert set(record) == {"op", "date", "quick", "machine", "versions", "git", "rows"}
+    assert record["git"] is None or len(record["git"]["commit"]) == 40
+    wanted = {"op", "workload", "provider", "status", "seconds", "min_seconds", "reps", "floor", "floor_seconds"}
+    wanted |= {"ratio", "peak_extra_bytes", "error", "bars", "note"}
+    assert all(set(row) == wanted for row in record["rows"])
+    ours = [row for row in record["rows"] if row["status"] != "floor"]
+    assert {row["status"] for row in ours} == {"ok"}
+    assert all(row["seconds"] > 0 and row["floor_seconds"] > 0 and row["error"] < 1e-5 for row in ours)
+    assert (tmp_path / "similarity_lse.md").read_text().count("\n|") == len(record["rows"]) + 2
+    assert "bars:" in printed
+    if not (tmp_path / "similarity_lse.png").exists():
+        assert "no plot" in printed
+
+
+def test_memory_of_a_real_workload():
+    quick = similarity_lse.workloads(True)[0]
+    found = _memory.in_fresh_process(MODULE, quick.name, "fastcontrast", True)
+    assert found["seconds"] > 0 and 0 <= found["peak_extra_bytes"] < 256 << 20
+
+
+def test_a_rival_that_is_not_installed_is_named(monkeypatch):
+    from fastcontrast.benchmarks import _rivals
+
+    _rivals._open_clip_loss.cache_clear()
+    monkeypatch.setattr("importlib.util.find_spec", lambda *_: None)
+    makers = (
+        ("open_clip_torch", _rivals.open_clip),
+        ("lightly", lambda: _rivals.lightly_nt_xent(10.0)),
+        ("pytorch-metric-learning", lambda: _rivals.metric_learning_supcon(10.0)),
+        ("sentence-transformers", lambda: _rivals.sentence_transformers_cached(20.0, 32)),
+    )
+    for package, make in makers:
+        with pytest.raises(ImportError, match=package):
+            make()
+
+
+def test_command_line_names_unknown_operations(capsys):
+    parser = argparse.ArgumentParser()
+    harness.configure(parser)
+    assert harness.main(parser.parse_args(["no_such_op"])) == 2
+    assert "no_such_op" in capsys.readouterr().err
+    assert {"similarity_lse", "import_time"} <= set(harness.operations())
+    files = {path.stem for path in Path(harness.__file__).parent.glob("*.py")}
+    assert set(harness.operations()) == {name for name in files if not name.startswith("_")}
