@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from ._dispatch import native
+from ._workspace import buffer
 
 # 8 MiB of float32: large enough for the library's full speed, small enough to stay in a last-level cache.
 ROWS, COLUMNS = 1024, 2048
-HUGE_PAGES_FROM = 4 << 20
 MIN_KEPT_ROWS = 256  # a thinner first block would slow its product more than keeping it saves
 
 
@@ -109,7 +109,7 @@ class Sweep:
         return _view(self._buffer, 0, rows, columns)
 
     def _new_buffer(self) -> Tensor:
-        return _empty(min(self.m, ROWS) * min(self.n, self.columns))
+        return buffer(min(self.m, ROWS) * min(self.n, self.columns))
 
     def native_tile(self, tile: Tensor, i0: int, j0: int, *, guide: bool = True) -> object:
         rows, columns = tile.shape
@@ -142,7 +142,7 @@ def lse(sweep: Sweep, rows: bool, columns: bool, own: Tensor, best: bool, keep: 
     own_address = own.data_ptr() if own.numel() else 0
     row_state = native.Running(sweep.m, best) if rows else None
     column_state = native.Running(sweep.n, best) if columns else None
-    kept = _empty(keep, sweep.n)
+    kept = buffer(keep * sweep.n).view(keep, sweep.n)
     for i0, m, j0, n in sweep.tiles(keep):
         tile = sweep.tile(i0, m, j0, n, kept)
         torch.mm(sweep.queries_block(i0, m), sweep.keys_block(j0, n).t(), out=tile)
@@ -238,13 +238,6 @@ def _add(out: Tensor, start: int, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 def _blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:
     return [(i, min(size, stop - i)) for i in range(start, stop, size)]
-
-
-def _empty(*shape: int) -> Tensor:
-    buffer = torch.empty(shape, dtype=torch.float32)
-    if buffer.numel() * 4 >= HUGE_PAGES_FROM:
-        native.huge_pages(buffer.data_ptr(), buffer.nbytes)
-    return buffer
 
 
 def _view(buffer: Tensor, start: int, rows: int, columns: int) -> Tensor:
