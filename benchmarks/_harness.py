@@ -158,7 +158,9 @@ def interleave(steps: dict[str, Step], calls: dict[str, int], reps: dict[str, in
     return times
 
 
-def calls_for(seconds: float) -> int:
+def calls_of(step: Step, first: float) -> int:
+    """Calls a repetition. `first`: seconds of the first call, which is believed if it is long."""
+    seconds = first if first > 0.5 else seconds_of(step)
     return min(1000, max(1, math.ceil(LEAST_SECONDS / max(seconds, 1e-9))))
 
 
@@ -181,7 +183,7 @@ def prepare(workload: Workload, provider: Provider, inputs: Any, row: Row, truth
             if provider.reps == 1:
                 row.timed([seconds])
                 return None
-            return step, calls_for(seconds_of(step) if provider.compiles or seconds < 0.5 else seconds)
+            return step, calls_of(step, 0.0 if provider.compiles else seconds)
     except ImportError as error:
         row.status, row.note = "missing", str(error)
     except Exception as error:  # a rival that breaks is a result, and must not end the run
@@ -226,10 +228,9 @@ def _time(workload: Workload, rows: dict[str, Row], most: int) -> dict[str, list
     steps, calls, reps = {}, {}, {}
     for group, floor in workload.floors.items():
         for variant, make in floor.variants.items():
-            step = make(inputs)
-            step()
-            name = f"{group}, {variant}"
-            steps[name], calls[name], reps[name] = step, calls_for(seconds_of(step)), 2 if workload.alone else most
+            step, name = make(inputs), f"{group}, {variant}"
+            steps[name], calls[name] = step, calls_of(step, seconds_of(step))
+            reps[name] = 2 if workload.alone else most
     for name, provider in workload.providers.items():
         if not workload.alone and (prepared := prepare(workload, provider, inputs, rows[name], truth)):
             steps[name], calls[name] = prepared

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fastcontrast.ops import _dispatch, _sweep
+from fastcontrast.ops._dispatch import native
 from fastcontrast.ops._sweep import COLUMNS, ROWS
 
 from ._harness import Floor, Step
@@ -19,8 +19,11 @@ from ._pairs import Batch
 
 
 def _buffer(*shape: int) -> Tensor:
-    """On huge pages where the sweep's own buffers are: a floor must not be slower for its pages."""
-    return _sweep._empty(*shape) if _dispatch.native else torch.empty(shape)
+    """On huge pages, as the sweep's own buffers: a floor must not be slower for its pages."""
+    buffer = torch.empty(shape)
+    if native is not None and buffer.nbytes >= 4 << 20:
+        native.huge_pages(buffer.data_ptr(), buffer.nbytes)
+    return buffer
 
 
 def _tiles(m: int, n: int, rows_outermost: bool = False) -> Iterator[tuple[slice, slice]]:

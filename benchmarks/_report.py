@@ -175,7 +175,7 @@ def plot(op: str, rows: Sequence[Row], path: Path) -> str | None:
     ratios = [row.ratio for row in shown]
     time.barh(positions, ratios, color=colours)
     time.axvline(1, color="black", linewidth=1)
-    time.set(xscale="log", xlabel="time / floor (1: the bare matrix products)", yticks=positions, yticklabels=labels)
+    time.set(xscale="log", xlabel="time / floor, both of this run", yticks=positions, yticklabels=labels)
     for position, row in zip(positions, shown, strict=True):
         time.annotate(f" {row.ratio:.2f}", (row.ratio, position), va="center", fontsize=8)
     # A logarithm has no place for 0: what is below a MiB is drawn as one.
@@ -183,11 +183,11 @@ def plot(op: str, rows: Sequence[Row], path: Path) -> str | None:
             if r.peak_extra_bytes is not None]  # fmt: skip
     if used:
         memory.barh([u[0] for u in used], [u[1] for u in used], color=[u[2] for u in used])
-        memory.set(xscale="log")
+        memory.set(xscale="log", xlim=(1, 4 * max(10.0, *(u[1] for u in used))))
         for position, size, _ in used:
             memory.annotate(f" {size:.0f}", (size, position), va="center", fontsize=8)
     memory.set(xlabel="peak extra memory, MiB")
-    time.set_xlim(min(0.5, *ratios) if len(ratios) > 1 else 0.5, max([*ratios, 1.0]) * 1.8)
+    time.set_xlim(min([*ratios, 0.5]), 2.5 * max([*ratios, 1.0]))
     figure.suptitle(f"{op}: {machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     figure.savefig(path, dpi=120)
     return None

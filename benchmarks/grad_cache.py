@@ -42,13 +42,13 @@ def info_nce(reps: Tensor) -> Tensor:
     return F.cross_entropy(20.0 * q @ k.T, torch.arange(len(q), device=reps.device))
 
 
-def measure(rounds: int = 5, device: str = "cpu") -> list[dict[str, Any]]:
+def measure(rounds: int = 5, device: str = "cpu", width: int = WIDTH) -> list[dict[str, Any]]:
     """One row a number of kept graphs, and one for the whole batch at once; gradients are checked before any timing."""
     torch.manual_seed(0)
     # Inputs as wide as the layers, and a first layer that passes a gradient on, so that backward is two forwards.
-    layers = [part for _ in range(DEPTH) for part in (nn.Linear(WIDTH, WIDTH, bias=False), nn.ReLU(inplace=True))][:-1]
+    layers = [part for _ in range(DEPTH) for part in (nn.Linear(width, width, bias=False), nn.ReLU(inplace=True))][:-1]
     model = Counted(*layers).to(device)
-    x = torch.randn(CHUNK * CHUNKS, WIDTH, device=device, requires_grad=True)
+    x = torch.randn(CHUNK * CHUNKS, width, device=device, requires_grad=True)
     caches = {keep: GradCache([model], CHUNK, info_nce, keep_graphs=keep) for keep in KEEP}
     steps: dict[int | None, Callable[[], Any]] = {k: lambda c=c: c(x) for k, c in caches.items()}
     steps[None] = lambda: info_nce(model(x)).backward()
@@ -64,7 +64,7 @@ def measure(rounds: int = 5, device: str = "cpu") -> list[dict[str, Any]]:
     times = [{keep: _time(step, device) for keep, step in steps.items()} for _ in range(rounds)]
     for row in rows:
         wall, processor = zip(*(t[row["keep"]] for t in times), strict=True)
-        row["seconds"] = statistics.median(wall)
+        row["times"], row["seconds"] = wall, statistics.median(wall)
         row["ratio"] = statistics.median(a / t[0][0] for a, t in zip(wall, times, strict=True))
         row["cpu_ratio"] = statistics.median(a / t[0][1] for a, t in zip(processor, times, strict=True))
     return rows
@@ -72,11 +72,12 @@ def measure(rounds: int = 5, device: str = "cpu") -> list[dict[str, Any]]:
 
 def rows(quick: bool, reps: int | None) -> list[Row]:
     """For `fastcontrast bench`. A row's floor is its line: `line` times the seconds of the step that keeps none."""
-    measured = measure(reps or (2 if quick else 5))
+    width = WIDTH // 2 if quick else WIDTH
+    measured = measure(reps or (2 if quick else 5), width=width)
     result = []
     for found in measured:
         kept = "whole batch at once" if found["keep"] is None else f"fastcontrast, {found['keep']} of {CHUNKS} kept"
-        row = Row("grad_cache", f"MLP {DEPTH} × {WIDTH}, {CHUNKS} × {CHUNK}", kept)
+        row = Row("grad_cache", f"MLP {DEPTH} × {width}, {CHUNKS} × {CHUNK}", kept)
         row.timed(found["times"])
         row.ratio, row.error = found["ratio"] / found["line"], found["error"]
         row.floor, row.floor_seconds = f"{found['line']:.3f} of 0 kept", row.seconds / row.ratio

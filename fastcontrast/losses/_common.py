@@ -29,7 +29,6 @@ def features(op: str, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         queries = float32(queries)
         return queries, queries
     check.matrix(op, "keys", keys, queries.shape[1])
-    check.same_kind(op, "keys", keys, queries, dtype=False)
     queries, keys = float32(queries), float32(keys)
     check.same_kind(op, "keys", keys, queries)
     return queries, keys

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcontrast.ops import _check as check
-from fastcontrast.ops import similarity_lse
+from fastcontrast.ops import similarity_cross_entropy, similarity_lse
 from fastcontrast.ops._autocast import without_autocast
 
 from ._common import ScaledLoss, features, float32, own_index, pick, reduce, segment_sums
@@ -86,8 +86,14 @@ def info_nce(
         raise ValueError(f'{op}: label_smoothing of "key_to_query" cannot go with ids and positives together')
     scale = check.scalar(op, "scale", scale, queries)
     run = {"workspace": workspace, "implementation": implementation}
-    own_keys = pick(keys, own, m)
     forward, backward = "query_to_key" in directions, "key_to_query" in directions
+    masks = {"query_ids": query_ids, "key_ids": key_ids, "positives": own, "guide": guide}
+    extras_given = hard_negatives is not None or hard_negatives_mask is not None or queue is not None
+    plain = reduction == "mean" and weights is None and not label_smoothing and not extras_given and not return_accuracy
+    square = own is None and m == keys.shape[0] and not joint
+    if plain and m and forward and (len(directions) == 1 or (backward and len(directions) == 2 and square)):
+        return similarity_cross_entropy(queries, keys, scale, both=backward, key_bias=key_bias, **masks, **run)
+    own_keys = pick(keys, own, m)
     rows = columns = None
     hits = []
     if forward or backward:
@@ -97,10 +103,7 @@ def info_nce(
             scale,
             dim="both" if forward and backward else "rows" if forward else "columns",
             key_bias=key_bias,
-            query_ids=query_ids,
-            key_ids=key_ids,
-            positives=own,
-            guide=guide,
+            **masks,
             return_positives=True,
             return_best=return_accuracy,
             **run,

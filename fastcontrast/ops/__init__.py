@@ -2,6 +2,15 @@
 
 from ._dispatch import Choice, explain, operations, trace
 from ._workspace import set_workspace
+from .similarity_cross_entropy import similarity_cross_entropy
 from .similarity_lse import similarity_lse
 
-__all__ = ["Choice", "explain", "operations", "set_workspace", "similarity_lse", "trace"]
+__all__ = [
+    "Choice",
+    "explain",
+    "operations",
+    "set_workspace",
+    "similarity_cross_entropy",
+    "similarity_lse",
+    "trace",
+]

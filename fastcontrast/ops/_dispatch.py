@@ -50,8 +50,8 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     return {name: refuse(device, dtype) for name, refuse in _registry[op].items()}
 
 
-def choose(op: str, implementation: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    """Name of the implementation to run. A requested one that cannot run raises NotImplementedError with its reason."""
+def select(op: str, implementation: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
+    """What to run. A requested implementation that cannot run raises NotImplementedError with its reason."""
     table = _registry[op]
     if implementation is not None:
         if implementation not in table:
@@ -59,18 +59,27 @@ def choose(op: str, implementation: str | None, device: torch.device, dtype: tor
         reason = table[implementation](device, dtype)
         if reason is not None:
             raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {reason}")
-        chosen, refused = implementation, {}
-    else:
-        refused = {}
-        for chosen, refuse in table.items():
-            reason = refuse(device, dtype)
-            if reason is None:
-                break
-            refused[chosen] = reason
+        return Choice(op, implementation, {})
+    refused = {}
+    for name, refuse in table.items():  # noqa: B007
+        reason = refuse(device, dtype)
+        if reason is None:
+            break
+        refused[name] = reason
+    return Choice(op, name, refused)
+
+
+def note(choice: Choice) -> str:
+    """Records for `trace` that `choice` runs, and returns its implementation's name."""
     if _traces and not torch.compiler.is_compiling():
         for trace in _traces:
-            trace.append(Choice(op, chosen, refused))
-    return chosen
+            trace.append(choice)
+    return choice.implementation
+
+
+def choose(op: str, implementation: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """Name of the implementation to run, noted for `trace`."""
+    return note(select(op, implementation, device, dtype))
 
 
 @contextlib.contextmanager

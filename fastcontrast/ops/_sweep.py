@@ -204,7 +204,9 @@ def gradients(
         if not source:
             torch.mm(q, k.t(), out=tile)
         native_tile = sweep.native_tile(tile, i0, j0, guide=not source)
-        native.weights(sweep.logits, native_tile, source, row_softmax, column_softmax, own_address, factor, sweep.threads)
+        native.weights(
+            sweep.logits, native_tile, source, row_softmax, column_softmax, own_address, factor, sweep.threads
+        )
         if dq is not None:
             _add(dq, i0, tile, k, first=not j0)
         if sweep.symmetric and i0 != j0:

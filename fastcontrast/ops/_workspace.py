@@ -47,7 +47,8 @@ class _Pool:
     SPARE = 2  # kept logits and a tile
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Re-entrant: garbage collected while it is held may contain a tensor whose buffer then comes back.
+        self._lock = threading.RLock()
         self._free: list[Tensor] = []
 
     def take(self, numel: int) -> Tensor:

@@ -100,7 +100,7 @@ N_PROBLEM = 10  # tensors that state the problem, first in both schemas
 
 
 @without_autocast
-def _forward_cpu(queries, keys, scale, key_bias, *rest):
+def forward_cpu(queries, keys, scale, key_bias, *rest):
     masks, (rows, columns, wants_own, best, mix, keep) = Masks(*rest[:6]), rest[6:]
     sweep = _sweep.Sweep(queries, keys, scale, key_bias, masks)
     own = torch.full((sweep.m if wants_own else 0,), float("-inf"))
@@ -113,7 +113,7 @@ def _forward_cpu(queries, keys, scale, key_bias, *rest):
 
 
 @without_autocast
-def _backward_cpu(queries, keys, scale, key_bias, *rest):
+def backward_cpu(queries, keys, scale, key_bias, *rest):
     masks = Masks(*rest[:6])
     g, h, p, r, c, r_low, c_low, kept, mix, needs = rest[6:]
     need_queries, need_keys, need_scale, need_bias = needs
@@ -214,8 +214,8 @@ def _no_second_backward(ctx, *gradients):
     )
 
 
-_library.impl("similarity_lse", _forward_cpu, "CPU")
-_library.impl("similarity_lse_backward", _backward_cpu, "CPU")
+_library.impl("similarity_lse", forward_cpu, "CPU")
+_library.impl("similarity_lse_backward", backward_cpu, "CPU")
 torch.library.register_fake("fastcontrast::similarity_lse", _forward_fake, lib=_library)
 torch.library.register_fake("fastcontrast::similarity_lse_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("fastcontrast::similarity_lse", _backward, setup_context=_setup_context, lib=_library)
@@ -227,7 +227,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = _forward_cpu(*inputs)
+        output = forward_cpu(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -235,7 +235,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, *gradients):
         # Under create_graph=True the registered operation runs, whose own backward refuses: `once_differentiable` would
         # return detached gradients, and a penalty on them would silently count for nothing.
-        return _backward(ctx, *gradients, run=None if torch.is_grad_enabled() else _backward_cpu)
+        return _backward(ctx, *gradients, run=None if torch.is_grad_enabled() else backward_cpu)
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -301,11 +301,11 @@ def similarity_lse(
 
     symmetric = keys is queries and key_bias is None and not columns and query_ids is key_ids and guide is None
     symmetric = symmetric and not isinstance(positives, Tensor) and not return_positives
-    plan = _plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace)
+    mix, keep = plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace)
     run = torch.ops.fastcontrast.similarity_lse if torch.compiler.is_compiling() else _Eager.apply
-    keys = None if symmetric else _rows_contiguous(keys)
+    keys = None if symmetric else rows_contiguous(keys)
     r, c, own, r_best, c_best, *_ = run(
-        _rows_contiguous(queries),
+        rows_contiguous(queries),
         keys,
         scale,
         key_bias,
@@ -314,8 +314,8 @@ def similarity_lse(
         columns,
         return_positives,
         return_best,
-        plan.mix,
-        plan.keep,
+        mix,
+        keep,
     )
     outputs = ((r, rows), (c, columns), (own, return_positives), (r_best, rows and return_best))
     results = [x for x, wanted in (*outputs, (c_best, columns and return_best)) if wanted]
@@ -327,7 +327,7 @@ class _Plan(NamedTuple):
     keep: int  # rows of logits kept for the backward: 3 products for them, 4 for the others
 
 
-def _plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace) -> _Plan:
+def plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace) -> _Plan:
     def needs(x: Any) -> bool:
         return isinstance(x, Tensor) and x.requires_grad
 
@@ -340,5 +340,5 @@ def _plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace) 
     return _Plan(False, _sweep.kept_rows(queries.shape[0], keys.shape[0], budget, masks.guide_queries is not None))
 
 
-def _rows_contiguous(x: Tensor) -> Tensor:
+def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
