@@ -89,7 +89,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--output", metavar="DIR", default="fastcontrast-demo", help="folder for weights, picture and results"
+        "--output", metavar="DIR", default="demo-output", help="folder for weights, picture and results"
     )
 
 
@@ -110,7 +110,7 @@ def run(
     steps: int | None = None,
     device: str | None = None,
     seed: int = 0,
-    output: str | os.PathLike = "fastcontrast-demo",
+    output: str | os.PathLike = "demo-output",
     pairs: data.Pairs | None = None,
 ) -> dict[str, Any]:
     """The whole demo. Writes into `output`, prints a report, returns the results that it also writes as JSON.

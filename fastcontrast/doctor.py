@@ -14,7 +14,6 @@ from .ops._workspace import MIB, workspace_bytes
 
 OPTIONAL = {
     "demo": (
-        "transformers",
         "tokenizers",
         "safetensors",
         "PIL",

@@ -12,7 +12,7 @@ namespace {
 constexpr int64_t kRows = 16;
 
 // Below this many entries a thread costs more than it brings.
-constexpr int64_t kGrain = 1 << 14;
+constexpr int64_t kGrain = 1 << 13;
 
 constexpr int kLanes = 64;
 

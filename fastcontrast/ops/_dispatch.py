@@ -61,7 +61,7 @@ def select(op: str, implementation: str | None, device: torch.device, dtype: tor
             raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {reason}")
         return Choice(op, implementation, {})
     refused = {}
-    for name, refuse in table.items():  # noqa: B007
+    for name, refuse in table.items():
         reason = refuse(device, dtype)
         if reason is None:
             break

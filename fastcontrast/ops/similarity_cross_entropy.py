@@ -1,10 +1,9 @@
 """Mean cross entropy of rows, or of rows and columns, against each row's own column.
 
-    loss = mean_i (r_i − L_i,own(i))      or      mean_i (½ r_i + ½ c_own(i) − L_i,own(i)),        L, r, c of `similarity_lse`
+    loss = mean_i (r_i − p_i)      or      mean_i (½ r_i + ½ c_i − p_i)          r, c, p of `similarity_lse`
 
-The same sweep and the same numbers as the algebra on `similarity_lse`, as one node of the graph instead of four, which a batch
-of 128 feels. The differences are summed in double, so that a nearly solved batch keeps
-the digits of its loss.
+The same sweep and numbers as the algebra on `similarity_lse`, as one node of the graph instead of four: a batch
+of 128 feels them. The differences are summed in double, so that a nearly solved batch keeps the digits of its loss.
 """
 
 from __future__ import annotations
