@@ -10,12 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastcontrast.benchmarks import _harness as harness
+from fastcontrast.benchmarks import _memory, _pairs, _report, _rivals, similarity_lse
 
 from fastcontrast import cli
 from fastcontrast.testing.shapes import Shape
-
-harness = pytest.importorskip("fastcontrast.benchmarks._harness")
-from fastcontrast.benchmarks import _memory, _pairs, _report, _rivals, similarity_lse  # noqa: E402
 
 TINY = Shape("tiny", 48, 48, 8)
 
