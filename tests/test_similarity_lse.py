@@ -578,6 +578,25 @@ def test_symmetric_equals_general():
             assert_same(evaluate({"queries": q, "scale": general["scale"]}, options), expected)
 
 
+ASYMMETRIES = {
+    "positives": {"query_ids": torch.arange(50) % 3, "positives": torch.arange(50).roll(7)},
+    "key_bias": {"key_bias": torch.linspace(-1, 1, 50)},
+    "ids": {"query_ids": torch.arange(50) % 3, "key_ids": torch.arange(50) % 4},
+    "guide": {"guide": (unit(50, 4, 1), unit(50, 4, 2), 0.3)},
+    "columns": {"dim": "columns", "guide": (unit(50, 4, 1), unit(50, 4, 2), 0.3)},
+    "both": {"dim": "both"},
+    "return_positives": {"return_positives": True},
+}
+
+
+@pytest.mark.parametrize("options", ASYMMETRIES.values(), ids=ASYMMETRIES)
+def test_what_breaks_the_symmetry_of_one_tensor_with_itself(options):
+    if "query_ids" in options:
+        options = {"key_ids": options["query_ids"], **options}
+    with tiles(16, 32):
+        assert_accurate({"queries": unit(50, 8, 1), "scale": torch.tensor(9.0)}, options, strict=True)
+
+
 # ------------------------------------------------------------------------------------------------ what a sweep may cost
 
 
