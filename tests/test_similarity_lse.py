@@ -978,3 +978,19 @@ def test_float64_runs_on_the_reference():
     assert relative_error(r, torch.logsumexp(2.0 * q @ k.t(), 1)) < 1e-14
     assert [(choice.op, choice.implementation) for choice in ran] == [("similarity_lse", "reference")]
     assert "float64" in ran[0].refused["cpu"]
+
+
+def test_positives_of_one_set_against_itself_break_the_symmetry():
+    """Row 0 protects its pair with row 1, row 1 does not protect its pair with row 0."""
+    x = unit(6, 8, 1)
+    ids = torch.tensor([0, 0, 1, 1, 2, 2])
+    positives = torch.tensor([1, -1, 3, 2, -1, 4])
+    results = []
+    for dtype, implementation in ((torch.float32, "cpu"), (torch.float64, "reference")):
+        leaf = x.to(dtype, copy=True).requires_grad_()
+        lse = similarity_lse(
+            leaf, leaf, 5.0, query_ids=ids, key_ids=ids, positives=positives, implementation=implementation
+        )
+        results.append((lse, *torch.autograd.grad(lse.square().sum(), leaf)))
+    for actual, expected in zip(*results, strict=True):
+        assert (actual - expected).norm() <= 1e-5 * expected.norm()

@@ -273,8 +273,31 @@ void Running::finish(float* high, float* low, int64_t* best, float* sum) const {
         high[i] = static_cast<float>(lse);
         low[i] = std::isfinite(lse) ? static_cast<float>(lse - high[i]) : 0.0f;
     }
-    std::copy(best_.begin(), best_.end(), best);
+    if (best) std::copy(best_.begin(), best_.end(), best);
     if (sum) std::copy(sum_.begin(), sum_.end(), sum);
+}
+
+double small_loss(float* logits, int64_t m, int64_t n, float scale, bool both, float* state, int threads) {
+    Running rows(m, false), columns(both ? n : 0, false);
+    lse(Logits{scale, nullptr, nullptr, nullptr, nullptr, nullptr}, Tile{logits, 0, m, 0, n, nullptr}, rows.online(),
+        both ? columns.online() : Online{}, nullptr, nullptr, threads);
+    float* const high = state + 2 * m;
+    rows.finish(state, state + m, nullptr, nullptr);
+    columns.finish(high, high + n, nullptr, nullptr);
+    std::vector<float> own(m);
+    for (int64_t i = 0; i < m; ++i) own[i] = logits[i * n + i];
+    return loss_sum(own.data(), state, state + m, both ? high : nullptr, both ? high + n : nullptr, m) / m;
+}
+
+double small_gradient(const float* logits, float* target, int64_t m, int64_t n, float scale, bool both,
+                      const float* state, float gradient, int threads) {
+    const float each = gradient / static_cast<float>(m);
+    const std::vector<float> share(std::max(m, n), both ? each / 2 : each);
+    const float* const high = state + 2 * m;
+    weights(Logits{}, Tile{target, 0, m, 0, n, nullptr}, logits, Softmax{share.data(), state, state + m},
+            both ? Softmax{share.data(), high, high + n} : Softmax{}, nullptr, scale, threads);
+    for (int64_t i = 0; i < m; ++i) target[i * n + i] -= scale * each;
+    return dot(target, logits, m * n);
 }
 
 }  // namespace fastcontrast

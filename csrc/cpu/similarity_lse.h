@@ -37,9 +37,9 @@ void lse(const Logits&, const Tile&, Online rows, Online columns, float* own, fl
 
 // One direction's share of the weights: gradient_i · exp(L_ij - lse_i), lse = high + low.
 struct Softmax {
-    const float* gradient;  // null: this direction has none
-    const float* high;
-    const float* low;
+    const float* gradient = nullptr;  // null: this direction has none
+    const float* high = nullptr;
+    const float* low = nullptr;
 };
 
 // target_ij = factor · (rows' + columns' share + own_gradient_i where j is row i's own column). `source` [m, n] holds
@@ -67,5 +67,14 @@ class Running {
     std::vector<float> max_, sum_;
     std::vector<int64_t> best_;
 };
+
+// A whole small problem in one call each way, without masks or bias: what a batch of 128 spends on anything but its
+// three products is mostly calls. `logits` [m, n] holds raw products and becomes logits; `state` [2m + 2n] receives the
+// log-sum-exps of rows and columns, high and low. Row i's own column is i.
+double small_loss(float* logits, int64_t m, int64_t n, float scale, bool both, float* state, int threads);
+
+// target = scale · G of the mean loss times `gradient`; returns Σ target · logits.
+double small_gradient(const float* logits, float* target, int64_t m, int64_t n, float scale, bool both,
+                      const float* state, float gradient, int threads);
 
 }  // namespace fastcontrast

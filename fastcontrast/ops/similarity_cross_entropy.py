@@ -14,6 +14,7 @@ from torch import Tensor
 from . import _check as check
 from ._dispatch import native, note, select
 from ._sweep import Masks
+from ._workspace import workspace_bytes
 from .similarity_lse import backward_cpu, forward_cpu, plan, rows_contiguous, similarity_lse
 
 
@@ -38,11 +39,7 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                "similarity_cross_entropy: a gradient of its gradient is not implemented; "
-                "implementation='reference' has one"
-            )
+        _refuse_second_gradient()
         *problem, r, c, r_low, c_low, kept, mixed = ctx.saved_tensors
         m = r.shape[0]
         each = gradient.item() / m
@@ -53,6 +50,49 @@ class _MeanLoss(torch.autograd.Function):
         )  # fmt: skip
         needs = ctx.needs_input_grad[:4]
         return (*(x if need else None for x, need in zip(gradients, needs, strict=True)), None, None, None, None)
+
+
+# Logits of 1 MiB at the most: beyond, calls are no longer what costs.
+SMALL = 1 << 18
+
+
+class _SmallLoss(torch.autograd.Function):
+    """The same for a small float32 problem without masks or bias: three products, and one native call each way."""
+
+    @staticmethod
+    def forward(ctx, queries, keys, scale, both):
+        logits = torch.mm(queries, keys.t())
+        m, n = logits.shape
+        state = torch.empty(2 * (m + n))
+        loss = native.small_loss(logits.data_ptr(), m, n, scale.item(), both, state.data_ptr(), torch.get_num_threads())
+        ctx.save_for_backward(queries, keys, scale, logits, state)
+        ctx.both = both
+        return torch.full((), loss)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        _refuse_second_gradient()
+        queries, keys, scale, logits, state = ctx.saved_tensors
+        target, value = torch.empty_like(logits), scale.item()
+        total = native.small_gradient(
+            logits.data_ptr(), target.data_ptr(), *logits.shape, value, ctx.both, state.data_ptr(), gradient.item(),
+            torch.get_num_threads(),
+        )  # fmt: skip
+        need_queries, need_keys, need_scale, _ = ctx.needs_input_grad
+        return (
+            torch.mm(target, keys) if need_queries else None,
+            torch.mm(target.t(), queries) if need_keys else None,
+            # Σ G·S, where the target holds scale·G and the logits scale·S
+            torch.full((), total / (value * value), dtype=scale.dtype) if need_scale else None,
+            None,
+        )
+
+
+def _refuse_second_gradient() -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "similarity_cross_entropy: no gradient of its gradient is implemented; implementation='reference' has one"
+        )
 
 
 def similarity_cross_entropy(
@@ -92,7 +132,10 @@ def similarity_cross_entropy(
     scale = check.scalar(op, "scale", scale, queries)
     if key_bias is not None:
         check.vector(op, "key_bias", key_bias, n, queries, floating=True)
-    if key_bias is None and query_ids is None and guide is None and positives is None:
+    if key_bias is None and query_ids is None and key_ids is None and guide is None and positives is None:
+        small = m * n <= SMALL and 4 * m * n <= workspace_bytes(workspace, queries.device)
+        if small and queries.dtype == torch.float32 and keys.requires_grad and abs(scale.item()) > 1e-3:
+            return _SmallLoss.apply(queries, keys, scale, both)
         masks = Masks(positives=torch.arange(m))
     else:
         masks = check.masks(op, queries, keys, query_ids, key_ids, positives, guide, True)
