@@ -1,6 +1,7 @@
 #include "cpu/similarity_lse.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "common/simd.h"
 
@@ -68,21 +69,24 @@ FC_INLINE float max_row(const float* __restrict row, int64_t n) {
     return *std::max_element(lanes, lanes + kLanes);
 }
 
-FC_INLINE float exp_sum(const float* __restrict row, int64_t n, float offset) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) sum += exp_fast(row[j] - offset);
-    return sum;
-}
-
-FC_INLINE float exp_sum_in_place(float* __restrict row, int64_t n, float offset) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < n; ++j) {
-        row[j] = exp_fast(row[j] - offset);
-        sum += row[j];
-    }
-    return sum;
+// Σ exp(row - offset); with `keep` the row becomes exp(row - offset). Lanes that are added pairwise, rather than a
+// reduction: the rounding is then the same in every build, also where the compiler does not vectorise.
+template <bool keep>
+FC_INLINE float exp_sum(std::conditional_t<keep, float, const float>* __restrict row, int64_t n, float offset) {
+    float lanes[kLanes] = {};
+    const auto add = [&](int64_t j, int l) {
+        const float e = exp_fast(row[j] - offset);
+        if constexpr (keep) row[j] = e;
+        lanes[l] += e;
+    };
+    int64_t j = 0;
+    for (; j + kLanes <= n; j += kLanes)
+#pragma omp simd
+        for (int l = 0; l < kLanes; ++l) add(j + l, l);
+    for (int l = 0; j < n; ++j, ++l) add(j, l);
+    for (int half = kLanes / 2; half; half /= 2)
+        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
+    return lanes[0];
 }
 
 // Columns of one group of rows: maxima first, then one rescaling and the exponentials against the new maxima.
@@ -132,7 +136,7 @@ FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t b
                 }
                 const float offset = finite(rows.max[at]);
                 const float factor = exp_fast(finite(before) - offset);
-                const float sum = rescale ? exp_sum_in_place(row, n, offset) : exp_sum(row, n, offset);
+                const float sum = rescale ? exp_sum<true>(row, n, offset) : exp_sum<false>(row, n, offset);
                 rows.sum[at] = rows.sum[at] * factor + sum;
                 if (rescale) rescale[i] = factor;
             }
@@ -242,15 +246,9 @@ void weights(const Logits& logits, const Tile& target, const float* source, Soft
 }
 
 FC_VECTOR_CLONES double dot(const float* a, const float* b, int64_t count) {
-    constexpr int64_t kBlock = 1024;
     double sum = 0.0;
-    for (int64_t start = 0; start < count; start += kBlock) {
-        const int64_t stop = std::min(start + kBlock, count);
-        float block = 0.0f;
-#pragma omp simd reduction(+ : block)
-        for (int64_t i = start; i < stop; ++i) block += a[i] * b[i];
-        sum += block;
-    }
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(a[i]) * b[i];
     return sum;
 }
 

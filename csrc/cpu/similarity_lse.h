@@ -47,7 +47,7 @@ struct Softmax {
 void weights(const Logits&, const Tile& target, const float* source, Softmax rows, Softmax columns,
              const float* own_gradient, float factor, int threads);
 
-// Σ_i a_i · b_i: blocks in float, their sum in double.
+// Σ_i a_i · b_i in double.
 double dot(const float* a, const float* b, int64_t count);
 
 // Σ_i (r_i - own_i) / 2 + (c_i - own_i) / 2 in double, or one direction's where the other is null. lse = high + low.
