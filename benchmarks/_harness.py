@@ -1,7 +1,7 @@
 """How benchmarks are declared, measured and judged. Knows nothing of any operation.
 
-A file `benchmarks/<op>.py` has `workloads(quick) -> list[Workload]`, or `rows(quick, reps) -> list[Row]` for what does
-not fit a workload, or both. Rules that hold for every row:
+A file `benchmarks/<op>.py` has `workloads(quick) -> list[Workload]`, and for what does not fit a workload
+`measurements`, functions `(quick, reps) -> list[Row]` by name. Rules that hold for every row:
 
 - Correct first: each provider's outputs (loss and gradients) are compared with a float64 truth at the size that is
   timed. A provider beyond the tolerance is shown as wrong and gets no speed.
@@ -305,12 +305,12 @@ def main(args: Any) -> int:
         name = f"fastcontrast.benchmarks.{op}"
         module = importlib.import_module(name)
         rows: list[Row] = []
-        workloads = module.workloads(args.quick) if hasattr(module, "workloads") else []
-        chosen = [w for w in workloads if (args.only or "") in w.name and (large or not w.alone)]
-        for workload in _report.progress(chosen, op):
+        workloads = [w for w in module.workloads(args.quick) if (args.only or "") in w.name and (large or not w.alone)]
+        for workload in _report.progress(workloads, op):
             rows += run(workload, name, args.quick, args.reps)
-        if hasattr(module, "rows") and not args.only:
-            rows += module.rows(args.quick, args.reps)
+        for label, measure in getattr(module, "measurements", {}).items():
+            if (args.only or "") in label:
+                rows += measure(args.quick, args.reps)
         if rows:
             _report.write(op, rows, args.output, quick=args.quick)
         if any(row.provider.startswith(OURS) and row.status in ("wrong", "failed") for row in rows):

@@ -20,9 +20,10 @@ from fastcontrast import clip_loss, info_nce, nt_xent_loss, supcon_loss
 from fastcontrast.ops._sweep import kept_rows
 from fastcontrast.testing.shapes import Shape, named
 
-from . import _pytest
+from . import _grad_cache, _pytest
 from . import _rivals as rivals
 from ._harness import Bar, Floor, Provider, Step, Workload
+from ._import_time import import_time
 from ._pairs import SCALE, Batch, make_batch, make_views, truth
 from ._products import floor, symmetric_floor, tiled
 
@@ -243,6 +244,7 @@ def sentences(n: int) -> Workload:
 def workloads(quick: bool) -> list[Workload]:
     three_rivals = ("dense torch", "lightly.NTXentLoss", "pytorch_metric_learning.NTXentLoss")
     few = views(Shape("views_256", 256, 256, 128), *three_rivals)  # metric learning's needs 8N³ floats
+    chunks = _grad_cache.workload(quick)
     if quick:
         return [
             clip("batch_2048", kept=True, compile=False),
@@ -252,6 +254,7 @@ def workloads(quick: bool) -> list[Workload]:
             few,
             classes(Shape("classes_1024", 1024, 1024, 128)),
             sentences(512),
+            chunks,
         ]
     ours, kept = "fastcontrast", "fastcontrast, 4N² bytes"
     bars = (Bar(ours, "4 products", at_most=1.10), Bar(kept, "3 products", at_most=1.20), OPEN_CLIP)
@@ -267,8 +270,12 @@ def workloads(quick: bool) -> list[Workload]:
         few,
         classes(Shape("classes_4096", 4096, 4096, 128)),
         sentences(4096),
+        chunks,
         pre_training_65536(),
     ]
+
+
+measurements = {"import time": import_time}
 
 
 def pytest_generate_tests(metafunc) -> None:

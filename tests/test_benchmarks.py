@@ -178,12 +178,14 @@ def test_truth_of_copies_is_the_truth_of_the_whole(kind, shape, monkeypatch):
 
 
 REAL_WORKLOADS = similarity_lse.workloads
-CHECKED = ("fastcontrast", "fastcontrast, ids", "fastcontrast, 4N² bytes", "dense torch")
 
 
 def tiny(workload: harness.Workload) -> harness.Workload:
     """The same providers of ours, floors and truth, repeated once at a size of no time and no memory to speak of."""
-    providers = {name: replace(p, memory=False) for name, p in workload.providers.items() if name in CHECKED}
+    checked = {
+        n: p for n, p in workload.providers.items() if n.startswith((harness.OURS, "dense torch")) and not p.compiles
+    }
+    providers = {name: replace(p, memory=False) for name, p in checked.items()}
     bars = tuple(bar for bar in workload.bars if bar.of in providers)
     return replace(workload, shape=TINY, reps=1, alone=False, providers=providers, bars=bars)
 
@@ -204,7 +206,9 @@ def test_every_workload_is_right_at_a_tiny_size(tmp_path, monkeypatch, capsys):
     assert all(set(row) == wanted for row in record["rows"])
     ours = [row for row in record["rows"] if row["status"] != "floor"]
     assert {row["status"] for row in ours} == {"ok"}
-    assert all(row["seconds"] > 0 and row["floor_seconds"] > 0 and row["error"] < 1e-5 for row in ours)
+    timed = [row for row in ours if not row["workload"].startswith("import")]
+    assert all(row["seconds"] > 0 and row["error"] < 1e-5 for row in timed)
+    assert all(row["floor_seconds"] > 0 for row in timed if not row["workload"].startswith("GradCache"))
     assert (tmp_path / "similarity_lse.md").read_text().count("\n|") == len(record["rows"]) + 2
     assert "bars:" in printed
     if not (tmp_path / "similarity_lse.png").exists():
@@ -230,6 +234,6 @@ def test_command_line_names_unknown_operations(capsys):
     harness.configure(parser)
     assert harness.main(parser.parse_args(["no_such_op"])) == 2
     assert "no_such_op" in capsys.readouterr().err
-    assert {"similarity_lse", "import_time"} <= set(harness.operations())
+    assert "similarity_lse" in harness.operations()
     files = {path.stem for path in Path(harness.__file__).parent.glob("*.py")}
     assert set(harness.operations()) == {name for name in files if not name.startswith("_")}
