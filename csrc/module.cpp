@@ -90,20 +90,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("count"));
     m.def(
         "small_loss",
-        [](Address logits, int64_t rows, int64_t columns, float scale, bool both, Address state, int threads) {
+        [](const Logits& problem, Address logits, int64_t rows, int64_t columns, bool both, Address state,
+           int threads) {
             py::gil_scoped_release release;
-            return small_loss(at<float>(logits), rows, columns, scale, both, at<float>(state), threads);
+            return small_loss(problem, at<float>(logits), rows, columns, both, at<float>(state), threads);
         },
-        py::arg("logits"), py::arg("rows"), py::arg("columns"), py::arg("scale"), py::arg("both"), py::arg("state"),
+        py::arg("problem"), py::arg("logits"), py::arg("rows"), py::arg("columns"), py::arg("both"), py::arg("state"),
         py::arg("threads"));
     m.def(
         "small_gradient",
-        [](Address logits, Address target, int64_t rows, int64_t columns, float scale, bool both, Address state,
-           float gradient, int threads) {
+        [](const Logits& problem, Address logits, Address target, int64_t rows, int64_t columns, bool both,
+           bool symmetric, Address state, float gradient, int threads) {
             py::gil_scoped_release release;
-            return small_gradient(at<float>(logits), at<float>(target), rows, columns, scale, both, at<float>(state),
-                                  gradient, threads);
+            return small_gradient(problem, at<float>(logits), at<float>(target), rows, columns, both, symmetric,
+                           at<float>(state), gradient, threads);
         },
-        py::arg("logits"), py::arg("target"), py::arg("rows"), py::arg("columns"), py::arg("scale"), py::arg("both"),
-        py::arg("state"), py::arg("gradient"), py::arg("threads"));
+        py::arg("problem"), py::arg("logits"), py::arg("target"), py::arg("rows"), py::arg("columns"), py::arg("both"),
+        py::arg("symmetric"), py::arg("state"), py::arg("gradient"), py::arg("threads"));
 }

@@ -252,6 +252,18 @@ FC_VECTOR_CLONES double dot(const float* a, const float* b, int64_t count) {
     return sum;
 }
 
+namespace {
+
+// As `dot`, where a_i = 0 makes nothing of any b_i: masked logits are infinite.
+FC_VECTOR_CLONES double dot_unmasked(const float* a, const float* b, int64_t count) {
+    double sum = 0.0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(a[i]) * (a[i] == 0.0f ? 0.0f : b[i]);
+    return sum;
+}
+
+}  // namespace
+
 double loss_sum(const float* own, const float* rows, const float* rows_low, const float* columns,
                 const float* columns_low, int64_t count) {
     double sum = 0.0;
@@ -275,27 +287,32 @@ void Running::finish(float* high, float* low, int64_t* best, float* sum) const {
     if (sum) std::copy(sum_.begin(), sum_.end(), sum);
 }
 
-double small_loss(float* logits, int64_t m, int64_t n, float scale, bool both, float* state, int threads) {
+double small_loss(const Logits& problem, float* logits, int64_t m, int64_t n, bool both, float* state, int threads) {
     Running rows(m, false), columns(both ? n : 0, false);
-    lse(Logits{scale, nullptr, nullptr, nullptr, nullptr, nullptr}, Tile{logits, 0, m, 0, n, nullptr}, rows.online(),
-        both ? columns.online() : Online{}, nullptr, nullptr, threads);
+    std::vector<float> own(m, -INFINITY);
+    lse(problem, Tile{logits, 0, m, 0, n, nullptr}, rows.online(), both ? columns.online() : Online{}, own.data(),
+        nullptr, threads);
     float* const high = state + 2 * m;
     rows.finish(state, state + m, nullptr, nullptr);
     columns.finish(high, high + n, nullptr, nullptr);
-    std::vector<float> own(m);
-    for (int64_t i = 0; i < m; ++i) own[i] = logits[i * n + i];
     return loss_sum(own.data(), state, state + m, both ? high : nullptr, both ? high + n : nullptr, m) / m;
 }
 
-double small_gradient(const float* logits, float* target, int64_t m, int64_t n, float scale, bool both,
-                      const float* state, float gradient, int threads) {
+double small_gradient(const Logits& problem, const float* logits, float* target, int64_t m, int64_t n, bool both,
+                    bool symmetric, const float* state, float gradient, int threads) {
     const float each = gradient / static_cast<float>(m);
     const std::vector<float> share(std::max(m, n), both ? each / 2 : each);
-    const float* const high = state + 2 * m;
-    weights(Logits{}, Tile{target, 0, m, 0, n, nullptr}, logits, Softmax{share.data(), state, state + m},
-            both ? Softmax{share.data(), high, high + n} : Softmax{}, nullptr, scale, threads);
-    for (int64_t i = 0; i < m; ++i) target[i * n + i] -= scale * each;
-    return dot(target, logits, m * n);
+    const Softmax rows{share.data(), state, state + m};
+    const Softmax columns{share.data(), state + 2 * m, state + 2 * m + n};
+    weights(problem, Tile{target, 0, m, 0, n, nullptr}, logits, rows,
+            symmetric ? rows : both ? columns : Softmax{}, nullptr, problem.scale, threads);
+    for (int64_t i = 0; i < m; ++i) {
+        const int64_t own = problem.positives[i];
+        if (own < 0 || own >= n) continue;
+        target[i * n + own] -= problem.scale * each;
+        if (symmetric) target[own * n + i] -= problem.scale * each;
+    }
+    return dot_unmasked(target, logits, m * n);
 }
 
 }  // namespace fastcontrast

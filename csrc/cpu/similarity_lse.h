@@ -68,13 +68,14 @@ class Running {
     std::vector<int64_t> best_;
 };
 
-// A whole small problem in one call each way, without masks or bias: what a batch of 128 spends on anything but its
-// three products is mostly calls. `logits` [m, n] holds raw products and becomes logits; `state` [2m + 2n] receives the
-// log-sum-exps of rows and columns, high and low. Row i's own column is i.
-double small_loss(float* logits, int64_t m, int64_t n, float scale, bool both, float* state, int threads);
+// A whole small mean loss in one call each way: what a batch of 128 spends on anything but its three products is mostly
+// calls. `logits` [m, n] holds raw products and becomes logits; `state` [2m + 2n] receives the log-sum-exps of rows and
+// columns, high and low. Returns mean_i (r_i - own_i), or with `both` mean_i (r_i / 2 + c_i / 2 - own_i).
+double small_loss(const Logits&, float* logits, int64_t m, int64_t n, bool both, float* state, int threads);
 
-// target = scale · G of the mean loss times `gradient`; returns Σ target · logits.
-double small_gradient(const float* logits, float* target, int64_t m, int64_t n, float scale, bool both,
-                      const float* state, float gradient, int threads);
+// target = scale · G, for `gradient` of the loss. `symmetric`: rows and columns are one set and the masks do not tell
+// (i, j) from (j, i); target = scale · (G + Gᵀ). Returns Σ target · logits.
+double small_gradient(const Logits&, const float* logits, float* target, int64_t m, int64_t n, bool both, bool symmetric,
+                    const float* state, float gradient, int threads);
 
 }  // namespace fastcontrast

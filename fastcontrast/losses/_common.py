@@ -56,27 +56,23 @@ def pick(x: Tensor, index: Tensor | None, count: int) -> Tensor:
     return x if x.shape[0] == count else x[:count]
 
 
-def segments(ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Sorted ids and, for each original position, the first sorted position of its id: a code that equal ids share.
-
-    Sorting gives shapes that depend on no value, so that compiled graphs stay whole; `unique` would not.
-    """
-    ordered = ids.sort().values
-    return ordered, torch.searchsorted(ordered, ids)
-
-
 def segment_sums(values: Tensor, ids: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """For each query: the sum of the values [N, D] whose id equals its own, [M, D], and how many there are, [M]."""
-    n = ids.shape[0]
-    counts = torch.zeros(query_ids.shape[0], dtype=values.dtype, device=values.device)
+    """For each query: the sum of the values [N, D] whose id equals its own, [M, D], and how many there are, [M].
+
+    A sum stands at the first sorted position of its id. Sorting gives shapes that depend on no value, so that compiled
+    graphs stay whole; `unique` would not.
+    """
+    n, m = ids.shape[0], query_ids.shape[0]
     if n == 0:
-        return values.new_zeros(query_ids.shape[0], values.shape[1]), counts
-    ordered, codes = segments(ids)
-    sums = values.new_zeros(n, values.shape[1]).index_add(0, codes, values)
+        return values.new_zeros(m, values.shape[1]), values.new_zeros(m)
+    ordered = ids.sort().values
     first = torch.searchsorted(ordered, query_ids)
     count = torch.searchsorted(ordered, query_ids, right=True) - first
-    found = sums.index_select(0, first.clamp(max=n - 1))
-    return found * (count > 0)[:, None], count.to(values.dtype)
+    places = first if query_ids is ids else torch.searchsorted(ordered, ids)
+    sums = torch.zeros_like(values).index_add(0, places, values)
+    if query_ids is ids:
+        return sums.index_select(0, first), count
+    return sums.index_select(0, first.clamp(max=n - 1)) * (count > 0)[:, None], count
 
 
 def reduce(

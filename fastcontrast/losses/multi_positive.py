@@ -83,17 +83,12 @@ def multi_positive_loss(
         total = total if bias is None else total + (bias[index] * listed).sum(1)
         count = listed.sum(1).to(queries.dtype)
 
-    valid = count > 0
-    # masked_fill before the difference: a row with no candidate left has r = −inf
-    losses = lse.masked_fill(~valid, 0.0) - (total / count.clamp(min=1)).masked_fill(~valid, 0.0)
-    loss = reduce(op, losses, weights, reduction, m if count_empty else valid.sum())
-    if not return_accuracy:
-        return loss
-    if positives is None:
-        hit = key_labels[best.clamp(min=0)] == query_labels if n else valid
-    else:
-        hit = (positives == best[:, None]).any(1)
-    return loss, (hit & valid).sum() / valid.sum().clamp(min=1)
+    hits = None
+    if return_accuracy and positives is None:
+        hits = key_labels[best.clamp(min=0)] == query_labels if n else count > 0
+    elif return_accuracy:
+        hits = (positives == best[:, None]).any(1)
+    return _mean_over_positives(op, lse, total, count, hits, weights, reduction, count_empty)
 
 
 @without_autocast
@@ -122,22 +117,30 @@ def supcon_loss(
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning", eq. 2 (temperature 0.1 = scale 10).
     """
-    index = torch.arange(embeddings.shape[0], device=embeddings.device)
-    return multi_positive_loss(
-        embeddings,
-        embeddings,
-        scale,
-        query_labels=labels,
-        key_labels=labels,
-        query_ids=index,
-        key_ids=index,
-        weights=weights,
-        reduction=reduction,
-        count_empty=count_empty,
-        return_accuracy=return_accuracy,
-        workspace=workspace,
-        implementation=implementation,
-    )
+    op = "supcon_loss"
+    embeddings, _ = features(op, embeddings, embeddings)
+    n = embeddings.shape[0]
+    check.vector(op, "labels", labels, n, embeddings, floating=False)
+    scale = check.scalar(op, "scale", scale, embeddings)
+    index = torch.arange(n, device=embeddings.device)
+    masks = {"query_ids": index, "key_ids": index, "positives": -1}
+    run = {"workspace": workspace, "implementation": implementation, "return_best": return_accuracy}
+    swept = similarity_lse(embeddings, embeddings, scale, **masks, **run)
+    lse, best = swept if return_accuracy else (swept, None)
+    # The class's sum without the row itself, Σ_{p ∈ P(i)} z_p.
+    sums, count = segment_sums(embeddings, labels, labels)
+    total = scale * torch.linalg.vecdot(embeddings, sums - embeddings)
+    hits = labels[best.clamp(min=0)] == labels if return_accuracy else None
+    return _mean_over_positives(op, lse, total, count - 1, hits, weights, reduction, count_empty)
+
+
+def _mean_over_positives(op, lse, total, count, hits, weights, reduction, count_empty):
+    """Row losses r_i − total_i / count_i, 0 without a positive, reduced; with `hits` also the share of rows hit."""
+    valid = count > 0
+    # masked_fill before the difference: a row with no candidate left has r = −inf
+    losses = lse.masked_fill(~valid, 0.0) - (total / count.clamp(min=1)).masked_fill(~valid, 0.0)
+    loss = reduce(op, losses, weights, reduction, len(valid) if count_empty else valid.sum())
+    return loss if hits is None else (loss, (hits & valid).sum() / valid.sum().clamp(min=1))
 
 
 def _paired(key_labels, key_ids, query_labels, query_ids) -> tuple[Tensor, Tensor]:

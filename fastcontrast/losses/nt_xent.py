@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastcontrast.ops import _check as check
-from fastcontrast.ops import similarity_lse
+from fastcontrast.ops import similarity_cross_entropy, similarity_lse
 from fastcontrast.ops._autocast import without_autocast
 
 from ._common import ScaledLoss, features, reduce
@@ -44,24 +44,26 @@ def nt_xent_loss(
     if view2.shape[0] != n:
         raise ValueError(f"{op}: view2 must have {n} rows like view1, got {view2.shape[0]}")
     views = torch.cat([view1, view2])
-    scale = check.scalar(op, "scale", scale, views)
     index = torch.arange(2 * n, device=views.device)
-    run = {"workspace": workspace, "implementation": implementation, "return_best": return_accuracy}
+    other = torch.cat([index[n:], index[:n]])
     if ids is None:
-        swept = similarity_lse(views, views, scale, query_ids=index, key_ids=index, positives=-1, **run)
+        ids = index
     else:
         check.vector(op, "ids", ids, n, view1, floating=False)
-        both = torch.cat([ids, ids])
-        # The row itself shares its id and is masked; the other view shares it too and is protected.
-        other = torch.cat([index[n:], index[:n]])
-        swept = similarity_lse(views, views, scale, query_ids=both, key_ids=both, positives=other, **run)
-    lse, best = swept if return_accuracy else (swept, None)
-    positive = scale * torch.linalg.vecdot(view1, view2)
-    losses = (lse[:n] + lse[n:]) / 2 - positive
+        ids = torch.cat([ids, ids])
+    # The row itself shares its id and is masked; the other view may share it, and is protected.
+    masks = {"query_ids": ids, "key_ids": ids, "positives": other}
+    run = {"workspace": workspace, "implementation": implementation}
+    if reduction == "mean" and weights is None and not return_accuracy and n:
+        return similarity_cross_entropy(views, views, scale, **masks, **run)
+    lse, positive, *best = similarity_lse(
+        views, views, scale, **masks, **run, return_positives=True, return_best=return_accuracy
+    )
+    losses = (lse - positive).view(2, n).mean(0)
     loss = reduce(op, losses, weights, reduction)
     if not return_accuracy:
         return loss
-    hits = best == torch.cat([index[n:], index[:n]])
+    hits = best[0] == other
     return loss, hits.float().mean() if n else hits.sum().float()
 
 

@@ -68,11 +68,11 @@ class Sweep:
         self.key_bias = None if key_bias is None else key_bias.float().contiguous()
         self.logits = native.Logits(
             scale=float(scale),
-            key_bias=_address(self.key_bias),
-            query_ids=_address(masks.query_ids),
-            key_ids=_address(masks.key_ids),
-            guide_limit=_address(masks.guide_limit),
-            positives=_address(masks.positives),
+            key_bias=address(self.key_bias),
+            query_ids=address(masks.query_ids),
+            key_ids=address(masks.key_ids),
+            guide_limit=address(masks.guide_limit),
+            positives=address(masks.positives),
         )
 
     def row_blocks(self, keep: int) -> list[tuple[int, int]]:
@@ -130,7 +130,7 @@ def _finish(state: object, count: int, best: bool, sum: Tensor | None = None) ->
     high, low = torch.empty(count, dtype=torch.float32), torch.empty(count, dtype=torch.float32)
     indices = torch.empty(count if best else 0, dtype=torch.int64)
     if state is not None:
-        state.finish(high.data_ptr(), low.data_ptr(), indices.data_ptr(), _address(sum))
+        state.finish(high.data_ptr(), low.data_ptr(), indices.data_ptr(), address(sum))
     return Lse(high, low, indices)
 
 
@@ -190,12 +190,12 @@ def gradients(
 
     Symmetric: `rows` stands for both directions, and G·K is the whole gradient of the one tensor.
     """
-    row_softmax = native.Softmax(*(_address(x) for x in rows or ()))
-    column_softmax = row_softmax if sweep.symmetric else native.Softmax(*(_address(x) for x in columns or ()))
+    row_softmax = native.Softmax(*(address(x) for x in rows or ()))
+    column_softmax = row_softmax if sweep.symmetric else native.Softmax(*(address(x) for x in columns or ()))
     dq = _gradient(sweep.queries, sweep.n) if needs[0] else None
     dk = _gradient(sweep.keys, sweep.m) if needs[1] else None
     dbias = torch.zeros(sweep.n, dtype=torch.float32) if needs[2] else None
-    own_address = _address(own_gradient)
+    own_address = address(own_gradient)
     keep = kept.shape[0]
     for i0, m, j0, n in sweep.tiles(keep):
         q, k = sweep.queries_block(i0, m), sweep.keys_block(j0, n)
@@ -247,5 +247,5 @@ def _view(buffer: Tensor, start: int, rows: int, columns: int) -> Tensor:
     return buffer.as_strided((rows, columns), (columns, 1), start)
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()

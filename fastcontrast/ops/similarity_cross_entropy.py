@@ -13,9 +13,9 @@ from torch import Tensor
 
 from . import _check as check
 from ._dispatch import native, note, select
-from ._sweep import Masks
+from ._sweep import Masks, address
 from ._workspace import workspace_bytes
-from .similarity_lse import backward_cpu, forward_cpu, plan, rows_contiguous, similarity_lse
+from .similarity_lse import backward_cpu, forward_cpu, is_symmetric, plan, rows_contiguous, similarity_lse
 
 
 def reference(queries, keys, scale, both: bool, **settings) -> Tensor:
@@ -57,35 +57,36 @@ SMALL = 1 << 18
 
 
 class _SmallLoss(torch.autograd.Function):
-    """The same for a small float32 problem without masks or bias: three products, and one native call each way."""
+    """The same for a small float32 problem: its logits are kept, and the rest is one native call each way."""
 
     @staticmethod
-    def forward(ctx, queries, keys, scale, both):
+    def forward(ctx, queries, keys, scale, query_ids, key_ids, positives, both, symmetric):
         logits = torch.mm(queries, keys.t())
         m, n = logits.shape
         state = torch.empty(2 * (m + n))
-        loss = native.small_loss(logits.data_ptr(), m, n, scale.item(), both, state.data_ptr(), torch.get_num_threads())
-        ctx.save_for_backward(queries, keys, scale, logits, state)
-        ctx.both = both
+        problem = native.Logits(scale.item(), 0, address(query_ids), address(key_ids), 0, positives.data_ptr())
+        threads = torch.get_num_threads()
+        loss = native.small_loss(problem, logits.data_ptr(), m, n, both, state.data_ptr(), threads)
+        ctx.save_for_backward(queries, keys, scale, positives, logits, state)
+        ctx.both, ctx.symmetric = both, symmetric
         return torch.full((), loss)
 
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_gradient()
-        queries, keys, scale, logits, state = ctx.saved_tensors
+        queries, keys, scale, positives, logits, state = ctx.saved_tensors
         target, value = torch.empty_like(logits), scale.item()
         total = native.small_gradient(
-            logits.data_ptr(), target.data_ptr(), *logits.shape, value, ctx.both, state.data_ptr(), gradient.item(),
-            torch.get_num_threads(),
+            native.Logits(value, positives=positives.data_ptr()), logits.data_ptr(), target.data_ptr(), *logits.shape,
+            ctx.both, ctx.symmetric, state.data_ptr(), gradient.item(), torch.get_num_threads(),
         )  # fmt: skip
-        need_queries, need_keys, need_scale, _ = ctx.needs_input_grad
-        return (
-            torch.mm(target, keys) if need_queries else None,
-            torch.mm(target.t(), queries) if need_keys else None,
-            # Σ G·S, where the target holds scale·G and the logits scale·S
-            torch.full((), total / (value * value), dtype=scale.dtype) if need_scale else None,
-            None,
-        )
+        need_queries, need_keys, need_scale = ctx.needs_input_grad[:3]
+        dq = torch.mm(target, keys) if need_queries else None
+        dk = torch.mm(target.t(), queries) if need_keys and not ctx.symmetric else None
+        # Σ G·S, where the target holds scale·G, for a symmetric matrix each pair in both orders, and the logits scale·S
+        total = total / (2 if ctx.symmetric else 1) / (value * value)
+        dscale = torch.full((), total, dtype=scale.dtype) if need_scale else None
+        return dq, dk, dscale, None, None, None, None, None
 
 
 def _refuse_second_gradient() -> None:
@@ -132,12 +133,15 @@ def similarity_cross_entropy(
     scale = check.scalar(op, "scale", scale, queries)
     if key_bias is not None:
         check.vector(op, "key_bias", key_bias, n, queries, floating=True)
-    if key_bias is None and query_ids is None and key_ids is None and guide is None and positives is None:
-        small = m * n <= SMALL and 4 * m * n <= workspace_bytes(workspace, queries.device)
-        if small and queries.dtype == torch.float32 and keys.requires_grad and abs(scale.item()) > 1e-3:
-            return _SmallLoss.apply(queries, keys, scale, both)
+    if query_ids is None and key_ids is None and guide is None and positives is None:
         masks = Masks(positives=torch.arange(m))
     else:
         masks = check.masks(op, queries, keys, query_ids, key_ids, positives, guide, True)
-    mix, keep = plan(queries, keys, scale, key_bias, masks, both, False, workspace)
-    return _MeanLoss.apply(rows_contiguous(queries), rows_contiguous(keys), scale, key_bias, masks, both, mix, keep)
+    unbiased = key_bias is None and guide is None
+    symmetric = unbiased and not both and is_symmetric(queries, keys, query_ids, key_ids, positives)
+    small = m * n <= SMALL and 4 * m * n <= workspace_bytes(workspace, queries.device)
+    if small and unbiased and queries.dtype == torch.float32 and abs(scale.item()) > 1e-3:
+        return _SmallLoss.apply(queries, keys, scale, *masks[:3], both, symmetric)
+    mix, keep = plan(queries, keys, scale, key_bias, masks, both, symmetric, workspace)
+    queries, keys = rows_contiguous(queries), None if symmetric else rows_contiguous(keys)
+    return _MeanLoss.apply(queries, keys, scale, key_bias, masks, both, mix, keep)

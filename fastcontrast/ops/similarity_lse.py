@@ -109,6 +109,8 @@ def forward_cpu(queries, keys, scale, key_bias, *rest):
         r, mixed = _sweep.lse_and_mix(sweep, own, best)
         return r.high, nothing, own, r.best, r.best.new_empty(0), r.low, nothing.clone(), nothing.clone(), mixed
     r, c, kept = _sweep.lse(sweep, rows, columns, own, best, keep)
+    if sweep.symmetric and wants_own:  # below the diagonal nothing was computed: there the own key's row has the logit
+        own = torch.maximum(own, own.index_select(0, _mirror(masks.positives)))
     return r.high, c.high, own, r.best, c.best, r.low, c.low, kept, nothing
 
 
@@ -132,6 +134,8 @@ def backward_cpu(queries, keys, scale, key_bias, *rest):
     else:
         sweep = _sweep.Sweep(queries, keys, scale, key_bias, masks)
         via_keys = need_scale and need_keys and not need_queries and not sweep.symmetric
+        if sweep.symmetric and p is not None and p.numel():
+            p = p + p.index_select(0, _mirror(masks.positives))
         dq, dk, db = _sweep.gradients(
             sweep,
             None if g is None else (g.float().contiguous(), r, r_low),
@@ -156,6 +160,11 @@ def backward_cpu(queries, keys, scale, key_bias, *rest):
         dscale,
         db.div_(factor).to(key_bias.dtype) if need_bias else nothing.clone(),
     )
+
+
+def _mirror(positives: Tensor) -> Tensor:
+    """The row that holds row i's own logit in the other half of a symmetric matrix; i where there is none."""
+    return torch.where(positives < 0, torch.arange(positives.shape[0]), positives)
 
 
 def _forward_fake(queries, keys, *rest):
@@ -265,7 +274,8 @@ def similarity_lse(
 
     Args:
         queries, keys: [M, D], [N, D]; float32, bfloat16 or float16 (float64: dense reference), any strides. When
-            `keys is queries` and nothing breaks the symmetry, half of the products are saved.
+            `keys is queries` and nothing breaks the symmetry (a bias, a guide, columns, `query_ids` that is not
+            `key_ids`, positives that are not pairs), half of the products are saved.
         scale: number or 0-dim tensor (1 / temperature).
         dim: "rows" → r [M]; "columns" → c [N]; "both" → (r, c). float32, whatever the inputs (float64 for float64).
         query_ids, key_ids: pairs with equal ids are masked (false negatives, duplicates).
@@ -299,8 +309,8 @@ def similarity_lse(
         results = _reference(queries, keys, scale, key_bias, masks, rows, columns, return_positives, return_best)
         return results if len(results) > 1 else results[0]
 
-    symmetric = keys is queries and key_bias is None and not columns and query_ids is key_ids and guide is None
-    symmetric = symmetric and not isinstance(positives, Tensor) and not return_positives
+    symmetric = key_bias is None and guide is None and not columns
+    symmetric = symmetric and is_symmetric(queries, keys, query_ids, key_ids, positives)
     mix, keep = plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace)
     run = torch.ops.fastcontrast.similarity_lse if torch.compiler.is_compiling() else _Eager.apply
     keys = None if symmetric else rows_contiguous(keys)
@@ -338,6 +348,18 @@ def plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace) -
         return _Plan(True, 0)
     budget = workspace_bytes(workspace, queries.device)
     return _Plan(False, _sweep.kept_rows(queries.shape[0], keys.shape[0], budget, masks.guide_queries is not None))
+
+
+def is_symmetric(queries, keys, query_ids, key_ids, positives) -> bool:
+    """Whether L_ij = L_ji, masks included: one set against itself, own keys in pairs (i's is j, j's is i) if given."""
+    if keys is not queries or query_ids is not key_ids:
+        return False
+    if not isinstance(positives, Tensor):
+        return True
+    if torch.compiler.is_compiling():  # the values are not there to be looked at
+        return False
+    index = torch.arange(positives.shape[0])
+    return bool(((positives < 0) | (positives[positives.clamp(min=0)] == index)).all())
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
