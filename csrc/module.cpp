@@ -90,21 +90,24 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("count"));
     m.def(
         "small_loss",
-        [](const Logits& problem, Address logits, int64_t rows, int64_t columns, bool both, Address state,
-           int threads) {
+        [](const Logits& problem, Address query_labels, Address key_labels, Address logits, int64_t rows,
+           int64_t columns, bool both, Address state, int threads) {
             py::gil_scoped_release release;
-            return small_loss(problem, at<float>(logits), rows, columns, both, at<float>(state), threads);
+            return small_loss(problem, {at<int64_t>(query_labels), at<int64_t>(key_labels)}, at<float>(logits), rows,
+                              columns, both, at<float>(state), threads);
         },
-        py::arg("problem"), py::arg("logits"), py::arg("rows"), py::arg("columns"), py::arg("both"), py::arg("state"),
-        py::arg("threads"));
+        py::arg("problem"), py::arg("query_labels"), py::arg("key_labels"), py::arg("logits"), py::arg("rows"),
+        py::arg("columns"), py::arg("both"), py::arg("state"), py::arg("threads"));
     m.def(
         "small_gradient",
-        [](const Logits& problem, Address logits, Address target, int64_t rows, int64_t columns, bool both,
-           bool symmetric, Address state, float gradient, int threads) {
+        [](const Logits& problem, Address query_labels, Address key_labels, Address logits, Address target,
+           int64_t rows, int64_t columns, bool both, bool symmetric, Address state, float gradient, int threads) {
             py::gil_scoped_release release;
-            return small_gradient(problem, at<float>(logits), at<float>(target), rows, columns, both, symmetric,
-                           at<float>(state), gradient, threads);
+            return small_gradient(problem, {at<int64_t>(query_labels), at<int64_t>(key_labels)}, at<float>(logits),
+                                  at<float>(target), rows, columns, both, symmetric, at<float>(state), gradient,
+                                  threads);
         },
-        py::arg("problem"), py::arg("logits"), py::arg("target"), py::arg("rows"), py::arg("columns"), py::arg("both"),
-        py::arg("symmetric"), py::arg("state"), py::arg("gradient"), py::arg("threads"));
+        py::arg("problem"), py::arg("query_labels"), py::arg("key_labels"), py::arg("logits"), py::arg("target"),
+        py::arg("rows"), py::arg("columns"), py::arg("both"), py::arg("symmetric"), py::arg("state"),
+        py::arg("gradient"), py::arg("threads"));
 }

@@ -1,6 +1,7 @@
 #include "cpu/similarity_lse.h"
 
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "common/simd.h"
@@ -19,6 +20,15 @@ constexpr int kLanes = 64;
 
 int team(int threads, int64_t entries) {
     return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(threads, entries / kGrain)));
+}
+
+// Calls fn(begin, end, t) for contiguous shares of `rows`, one a thread. Shares depend on the thread count alone, so
+// that what is merged in their order has the same bits on every run.
+template <typename Function>
+void in_shares(int64_t rows, int count, Function fn) {
+    const int64_t share = (rows + count - 1) / count;
+#pragma omp parallel for num_threads(count) schedule(static, 1)
+    for (int t = 0; t < count; ++t) fn(std::min(t * share, rows), std::min((t + 1) * share, rows), t);
 }
 
 // Row i's own column within the tile, or -1.
@@ -57,6 +67,14 @@ FC_INLINE void logits_row(const Logits& logits, const Tile& tile, int64_t i, flo
     if (own >= 0) row[own] = kept;
 }
 
+template <typename Combine>
+FC_INLINE float fold(float* lanes, Combine combine) {
+    for (int half = kLanes / 2; half; half /= 2)
+#pragma omp simd
+        for (int l = 0; l < half; ++l) lanes[l] = combine(lanes[l], lanes[l + half]);
+    return lanes[0];
+}
+
 // NaN entries are passed over here: they reach the result through the sum.
 FC_INLINE float max_row(const float* __restrict row, int64_t n) {
     float lanes[kLanes];
@@ -66,7 +84,7 @@ FC_INLINE float max_row(const float* __restrict row, int64_t n) {
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l) lanes[l] = row[j + l] > lanes[l] ? row[j + l] : lanes[l];
     for (int l = 0; j < n; ++j, ++l) lanes[l] = row[j] > lanes[l] ? row[j] : lanes[l];
-    return *std::max_element(lanes, lanes + kLanes);
+    return fold(lanes, [](float a, float b) { return b > a ? b : a; });
 }
 
 // Σ exp(row - offset); with `keep` the row becomes exp(row - offset). Lanes that are added pairwise, rather than a
@@ -84,9 +102,7 @@ FC_INLINE float exp_sum(std::conditional_t<keep, float, const float>* __restrict
 #pragma omp simd
         for (int l = 0; l < kLanes; ++l) add(j + l, l);
     for (int l = 0; j < n; ++j, ++l) add(j, l);
-    for (int half = kLanes / 2; half; half /= 2)
-        for (int l = 0; l < half; ++l) lanes[l] += lanes[l + half];
-    return lanes[0];
+    return fold(lanes, [](float a, float b) { return a + b; });
 }
 
 // Columns of one group of rows: maxima first, then one rescaling and the exponentials against the new maxima.
@@ -224,25 +240,19 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
 
 void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, float* own, float* rescale, int threads) {
     const int count = team(threads, tile.m * tile.n);
-    // Contiguous shares fixed by the thread count, merged in order: the same bits on every run.
     std::vector<ColumnState> states(columns.max ? count : 0, ColumnState(columns.max ? tile.n : 0, columns.best));
-    const int64_t share = (tile.m + count - 1) / count;
-#pragma omp parallel for num_threads(count) schedule(static, 1)
-    for (int t = 0; t < count; ++t)
-        lse_rows(logits, tile, std::min(t * share, tile.m), std::min((t + 1) * share, tile.m), rows, own, rescale,
-                 columns.max ? &states[t] : nullptr);
+    in_shares(tile.m, count, [&](int64_t begin, int64_t end, int t) {
+        lse_rows(logits, tile, begin, end, rows, own, rescale, columns.max ? &states[t] : nullptr);
+    });
     if (!columns.max) return;
     for (const ColumnState& state : states) merge_columns(tile, columns, state, 0, tile.n);
 }
 
 void weights(const Logits& logits, const Tile& target, const float* source, Softmax rows, Softmax columns,
              const float* own_gradient, float factor, int threads) {
-    const int count = team(threads, target.m * target.n);
-    const int64_t share = (target.m + count - 1) / count;
-#pragma omp parallel for num_threads(count) schedule(static, 1)
-    for (int t = 0; t < count; ++t)
-        weights_rows(logits, target, source, std::min(t * share, target.m), std::min((t + 1) * share, target.m), rows,
-                     columns, own_gradient, factor);
+    in_shares(target.m, team(threads, target.m * target.n), [&](int64_t begin, int64_t end, int) {
+        weights_rows(logits, target, source, begin, end, rows, columns, own_gradient, factor);
+    });
 }
 
 FC_VECTOR_CLONES double dot(const float* a, const float* b, int64_t count) {
@@ -251,18 +261,6 @@ FC_VECTOR_CLONES double dot(const float* a, const float* b, int64_t count) {
     for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(a[i]) * b[i];
     return sum;
 }
-
-namespace {
-
-// As `dot`, where a_i = 0 makes nothing of any b_i: masked logits are infinite.
-FC_VECTOR_CLONES double dot_unmasked(const float* a, const float* b, int64_t count) {
-    double sum = 0.0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < count; ++i) sum += static_cast<double>(a[i]) * (a[i] == 0.0f ? 0.0f : b[i]);
-    return sum;
-}
-
-}  // namespace
 
 double loss_sum(const float* own, const float* rows, const float* rows_low, const float* columns,
                 const float* columns_low, int64_t count) {
@@ -287,32 +285,117 @@ void Running::finish(float* high, float* low, int64_t* best, float* sum) const {
     if (sum) std::copy(sum_.begin(), sum_.end(), sum);
 }
 
-double small_loss(const Logits& problem, float* logits, int64_t m, int64_t n, bool both, float* state, int threads) {
+namespace {
+
+// Views into the state of a small loss.
+template <typename T>
+struct SmallState {
+    T *high, *low, *share, *each;   // of rows: log-sum-exp, weight of the row, and of each of its positives
+    T *columns_high, *columns_low;  // of columns
+    SmallState(T* state, int64_t m, int64_t n)
+        : high(state),
+          low(state + m),
+          share(state + 2 * m),
+          each(state + 3 * m),
+          columns_high(state + 4 * m),
+          columns_low(state + 4 * m + n) {}
+};
+
+FC_INLINE bool is_positive(int64_t label, int64_t other, float logit) { return label == other && logit != -INFINITY; }
+
+FC_VECTOR_CLONES double positives_sum(const float* __restrict row, const int64_t* __restrict labels, int64_t label,
+                                      int64_t n, int64_t& count) {
+    double sum = 0.0;
+    int64_t found = 0;
+#pragma omp simd reduction(+ : sum, found)
+    for (int64_t j = 0; j < n; ++j) {
+        const bool hit = is_positive(label, labels[j], row[j]);
+        found += hit;
+        sum += hit ? row[j] : 0.0f;
+    }
+    count = found;
+    return sum;
+}
+
+// Takes the positives' share from rows of the target, and returns Σ target · logits; what is masked has weight 0.
+FC_VECTOR_CLONES double finish_rows(const Logits& problem, Labels labels, const float* logits, float* target,
+                                    int64_t begin, int64_t end, int64_t n, const float* each, const float* mirrored,
+                                    float factor) {
+    double sum = 0.0;
+    for (int64_t i = begin; i < end; ++i) {
+        const float* __restrict row = logits + i * n;
+        float* __restrict out = target + i * n;
+        const float own = each[i];
+        if (labels.queries) {
+            const int64_t label = labels.queries[i];
+#pragma omp simd
+            for (int64_t j = 0; j < n; ++j)
+                out[j] -= is_positive(label, labels.keys[j], row[j]) ? factor * (own + mirrored[j]) : 0.0f;
+        } else if (const int64_t j = problem.positives[i]; j >= 0 && j < n) {
+            out[j] -= factor * (own + mirrored[j]);
+        }
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < n; ++j) sum += static_cast<double>(out[j]) * (out[j] == 0.0f ? 0.0f : row[j]);
+    }
+    return sum;
+}
+
+double label_loss(Labels labels, const float* logits, int64_t m, int64_t n, SmallState<float> state, int threads) {
+    const int count = team(threads, m * n);
+    std::vector<double> sums(count, 0.0), counted(count, 0.0);
+    in_shares(m, count, [&](int64_t begin, int64_t end, int t) {
+        for (int64_t i = begin; i < end; ++i) {
+            int64_t found;
+            const double own = positives_sum(logits + i * n, labels.keys, labels.queries[i], n, found);
+            state.share[i] = found ? 1.0f : 0.0f;
+            state.each[i] = found ? 1.0f / found : 0.0f;
+            if (!found) continue;
+            counted[t] += 1.0;
+            sums[t] += (state.high[i] - own / found) + state.low[i];
+        }
+    });
+    const double rows = std::max(1.0, std::accumulate(counted.begin(), counted.end(), 0.0));
+    for (int64_t i = 0; i < m; ++i) {
+        state.share[i] /= static_cast<float>(rows);
+        state.each[i] /= static_cast<float>(rows);
+    }
+    return std::accumulate(sums.begin(), sums.end(), 0.0) / rows;
+}
+
+}  // namespace
+
+double small_loss(const Logits& problem, Labels labels, float* logits, int64_t m, int64_t n, bool both, float* state,
+                  int threads) {
+    const SmallState<float> s(state, m, n);
     Running rows(m, false), columns(both ? n : 0, false);
     std::vector<float> own(m, -INFINITY);
     lse(problem, Tile{logits, 0, m, 0, n, nullptr}, rows.online(), both ? columns.online() : Online{}, own.data(),
         nullptr, threads);
-    float* const high = state + 2 * m;
-    rows.finish(state, state + m, nullptr, nullptr);
-    columns.finish(high, high + n, nullptr, nullptr);
-    return loss_sum(own.data(), state, state + m, both ? high : nullptr, both ? high + n : nullptr, m) / m;
+    rows.finish(s.high, s.low, nullptr, nullptr);
+    columns.finish(s.columns_high, s.columns_low, nullptr, nullptr);
+    if (labels.queries) return label_loss(labels, logits, m, n, s, threads);
+    std::fill_n(s.share, m, 1.0f / m);
+    std::fill_n(s.each, m, 1.0f / m);
+    return loss_sum(own.data(), s.high, s.low, both ? s.columns_high : nullptr, s.columns_low, m) / m;
 }
 
-double small_gradient(const Logits& problem, const float* logits, float* target, int64_t m, int64_t n, bool both,
-                    bool symmetric, const float* state, float gradient, int threads) {
-    const float each = gradient / static_cast<float>(m);
-    const std::vector<float> share(std::max(m, n), both ? each / 2 : each);
-    const Softmax rows{share.data(), state, state + m};
-    const Softmax columns{share.data(), state + 2 * m, state + 2 * m + n};
-    weights(problem, Tile{target, 0, m, 0, n, nullptr}, logits, rows,
-            symmetric ? rows : both ? columns : Softmax{}, nullptr, problem.scale, threads);
-    for (int64_t i = 0; i < m; ++i) {
-        const int64_t own = problem.positives[i];
-        if (own < 0 || own >= n) continue;
-        target[i * n + own] -= problem.scale * each;
-        if (symmetric) target[own * n + i] -= problem.scale * each;
-    }
-    return dot_unmasked(target, logits, m * n);
+double small_gradient(const Logits& problem, Labels labels, const float* logits, float* target, int64_t m, int64_t n,
+                      bool both, bool symmetric, const float* state, float gradient, int threads) {
+    const SmallState<const float> s(state, m, n);
+    std::vector<float> share(s.share, s.share + m), mirrored(n, 0.0f);
+    for (float& x : share) x *= both ? gradient / 2 : gradient;
+    if (symmetric) std::copy_n(s.each, n, mirrored.data());
+    const Softmax rows{share.data(), s.high, s.low};
+    const Softmax columns = symmetric ? rows : both ? Softmax{share.data(), s.columns_high, s.columns_low} : Softmax{};
+    const Tile tile{target, 0, m, 0, n, nullptr};
+    const int count = team(threads, m * n);
+    std::vector<double> sums(count);
+    in_shares(m, count, [&](int64_t begin, int64_t end, int t) {
+        weights_rows(problem, tile, logits, begin, end, rows, columns, nullptr, problem.scale);
+        sums[t] = finish_rows(problem, labels, logits, target, begin, end, n, s.each, mirrored.data(),
+                              problem.scale * gradient);
+    });
+    return std::accumulate(sums.begin(), sums.end(), 0.0);
 }
 
 }  // namespace fastcontrast

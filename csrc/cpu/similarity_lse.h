@@ -69,13 +69,22 @@ class Running {
 };
 
 // A whole small mean loss in one call each way: what a batch of 128 spends on anything but its three products is mostly
-// calls. `logits` [m, n] holds raw products and becomes logits; `state` [2m + 2n] receives the log-sum-exps of rows and
-// columns, high and low. Returns mean_i (r_i - own_i), or with `both` mean_i (r_i / 2 + c_i / 2 - own_i).
-double small_loss(const Logits&, float* logits, int64_t m, int64_t n, bool both, float* state, int threads);
+// calls. Row i is held against its own column, or, with labels, against the mean of the columns of its label that are
+// not masked; a row of which there are none does not count.
 
-// target = scale · G, for `gradient` of the loss. `symmetric`: rows and columns are one set and the masks do not tell
-// (i, j) from (j, i); target = scale · (G + Gᵀ). Returns Σ target · logits.
-double small_gradient(const Logits&, const float* logits, float* target, int64_t m, int64_t n, bool both, bool symmetric,
-                    const float* state, float gradient, int threads);
+// Either both or none.
+struct Labels {
+    const int64_t* queries = nullptr;  // [M]
+    const int64_t* keys = nullptr;     // [N]
+};
+
+// mean_i (r_i - p_i), or with `both` mean_i (r_i / 2 + c_i / 2 - p_i). `logits` [m, n] holds raw products and becomes
+// logits; `state` [4m + 2n] receives what the gradient needs.
+double small_loss(const Logits&, Labels, float* logits, int64_t m, int64_t n, bool both, float* state, int threads);
+
+// target = scale · G, for `gradient` of the loss. `symmetric`: rows and columns are one set and neither masks nor
+// labels tell (i, j) from (j, i); target = scale · (G + Gᵀ). Returns Σ target · logits.
+double small_gradient(const Logits&, Labels, const float* logits, float* target, int64_t m, int64_t n, bool both,
+                      bool symmetric, const float* state, float gradient, int threads);
 
 }  // namespace fastcontrast

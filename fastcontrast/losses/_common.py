@@ -42,10 +42,7 @@ def own_index(op: str, queries: Tensor, keys: Tensor, positives: Tensor | None) 
             raise ValueError(f"{op}: positives must be given when there are more queries ({m}) than keys ({n})")
         return None
     check.vector(op, "positives", positives, m, queries, floating=False)
-    if positives.device.type == "cpu" and not torch.compiler.is_compiling() and m:
-        low, high = int(positives.min()), int(positives.max())
-        if low < 0 or high >= n:
-            raise ValueError(f"{op}: positives must lie in [0, {n}), got values in [{low}, {high}]")
+    check.within(op, "positives", positives, 0, n)
     return positives.long()
 
 
@@ -54,25 +51,6 @@ def pick(x: Tensor, index: Tensor | None, count: int) -> Tensor:
     if index is not None:
         return x.index_select(0, index)
     return x if x.shape[0] == count else x[:count]
-
-
-def segment_sums(values: Tensor, ids: Tensor, query_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """For each query: the sum of the values [N, D] whose id equals its own, [M, D], and how many there are, [M].
-
-    A sum stands at the first sorted position of its id. Sorting gives shapes that depend on no value, so that compiled
-    graphs stay whole; `unique` would not.
-    """
-    n, m = ids.shape[0], query_ids.shape[0]
-    if n == 0:
-        return values.new_zeros(m, values.shape[1]), values.new_zeros(m)
-    ordered = ids.sort().values
-    first = torch.searchsorted(ordered, query_ids)
-    count = torch.searchsorted(ordered, query_ids, right=True) - first
-    places = first if query_ids is ids else torch.searchsorted(ordered, ids)
-    sums = torch.zeros_like(values).index_add(0, places, values)
-    if query_ids is ids:
-        return sums.index_select(0, first), count
-    return sums.index_select(0, first.clamp(max=n - 1)) * (count > 0)[:, None], count
 
 
 def reduce(

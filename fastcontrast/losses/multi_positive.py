@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from fastcontrast.ops import _check as check
-from fastcontrast.ops import similarity_lse
+from fastcontrast.ops import similarity_cross_entropy, similarity_lse
 from fastcontrast.ops._autocast import without_autocast
+from fastcontrast.ops._segments import against_positives, positive_sums
 
-from ._common import ScaledLoss, features, reduce, segment_sums
+from ._common import ScaledLoss, features, reduce
 
 
 @without_autocast
@@ -57,38 +58,45 @@ def multi_positive_loss(
     if (positives is None) == (query_labels is None) or (query_labels is None) != (key_labels is None):
         raise ValueError(f"{op}: give either query_labels and key_labels, or positives")
     scale = check.scalar(op, "scale", scale, queries)
-    masks = {"query_ids": query_ids, "key_ids": key_ids, "positives": -1}
-    run = {"workspace": workspace, "implementation": implementation}
-    swept = similarity_lse(queries, keys, scale, key_bias=key_bias, return_best=return_accuracy, **masks, **run)
+    masks = {"query_ids": query_ids, "key_ids": key_ids}
+    run = {"key_bias": key_bias, "workspace": workspace, "implementation": implementation}
+    plain = reduction == "mean" and weights is None and not count_empty and not return_accuracy
+    if plain and positives is None:
+        labels = {"query_labels": query_labels, "key_labels": key_labels}
+        return similarity_cross_entropy(queries, keys, scale, **labels, **masks, **run)
+    swept = similarity_lse(queries, keys, scale, **masks, positives=-1, return_best=return_accuracy, **run)
     lse, best = swept if return_accuracy else (swept, None)
 
-    bias = None if key_bias is None else key_bias.to(queries.dtype)
     if positives is None:
         check.vector(op, "query_labels", query_labels, m, queries, floating=False)
         check.vector(op, "key_labels", key_labels, n, queries, floating=False)
-        values = keys if bias is None else torch.cat([keys, bias[:, None]], 1)
-        sums, count = segment_sums(values, key_labels, query_labels)
-        if query_ids is not None:  # pairs of equal labels and ids leave the positives too
-            same, number = segment_sums(values, *_paired(key_labels, key_ids, query_labels, query_ids))
-            sums, count = sums - same, count - number
-        total = scale * torch.linalg.vecdot(queries, sums[:, : queries.shape[1]])
-        total = total if bias is None else total + sums[:, -1]
+        sums = positive_sums(queries, keys, scale, key_bias, query_labels, key_labels, query_ids, key_ids)
     else:
-        if positives.ndim != 2 or positives.shape[0] != m or positives.dtype not in check.INTEGER:
-            raise ValueError(f"{op}: positives must be integer [{m}, P], got {positives.dtype} {list(positives.shape)}")
-        listed = positives >= 0
-        index = positives.long().clamp(min=0)
-        chosen = keys[index] * listed[:, :, None]  # [M, P, D]
-        total = scale * torch.linalg.vecdot(queries, chosen.sum(1))
-        total = total if bias is None else total + (bias[index] * listed).sum(1)
-        count = listed.sum(1).to(queries.dtype)
-
-    hits = None
-    if return_accuracy and positives is None:
-        hits = key_labels[best.clamp(min=0)] == query_labels if n else count > 0
-    elif return_accuracy:
+        sums = _listed_sums(op, queries, keys, scale, key_bias, positives)
+    losses, valid = against_positives(lse, *sums)
+    loss = reduce(op, losses, weights, reduction, m if count_empty else valid.sum())
+    if not return_accuracy:
+        return loss
+    if positives is None:
+        hits = key_labels[best.clamp(min=0)] == query_labels if n else valid
+    else:
         hits = (positives == best[:, None]).any(1)
-    return _mean_over_positives(op, lse, total, count, hits, weights, reduction, count_empty)
+    return loss, (hits & valid).sum() / valid.sum().clamp(min=1)
+
+
+def _listed_sums(op, queries, keys, scale, key_bias, positives) -> tuple[Tensor, Tensor]:
+    """`positive_sums` of positives that are listed, [M, P]."""
+    m, n = queries.shape[0], keys.shape[0]
+    if positives.ndim != 2 or positives.shape[0] != m or positives.dtype not in check.INTEGER:
+        raise ValueError(f"{op}: positives must be integer [{m}, P], got {positives.dtype} {list(positives.shape)}")
+    check.within(op, "positives", positives, -1, n)
+    listed = positives >= 0
+    index = positives.long().clamp(min=0)
+    chosen = keys[index] * listed[:, :, None]  # [M, P, D]
+    total = scale * torch.linalg.vecdot(queries, chosen.sum(1))
+    if key_bias is not None:
+        total = total + (key_bias.to(queries.dtype)[index] * listed).sum(1)
+    return total, listed.sum(1)
 
 
 @without_autocast
@@ -117,42 +125,22 @@ def supcon_loss(
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning", eq. 2 (temperature 0.1 = scale 10).
     """
-    op = "supcon_loss"
-    embeddings, _ = features(op, embeddings, embeddings)
-    n = embeddings.shape[0]
-    check.vector(op, "labels", labels, n, embeddings, floating=False)
-    scale = check.scalar(op, "scale", scale, embeddings)
-    index = torch.arange(n, device=embeddings.device)
-    masks = {"query_ids": index, "key_ids": index, "positives": -1}
-    run = {"workspace": workspace, "implementation": implementation, "return_best": return_accuracy}
-    swept = similarity_lse(embeddings, embeddings, scale, **masks, **run)
-    lse, best = swept if return_accuracy else (swept, None)
-    # The class's sum without the row itself, Σ_{p ∈ P(i)} z_p.
-    sums, count = segment_sums(embeddings, labels, labels)
-    total = scale * torch.linalg.vecdot(embeddings, sums - embeddings)
-    hits = labels[best.clamp(min=0)] == labels if return_accuracy else None
-    return _mean_over_positives(op, lse, total, count - 1, hits, weights, reduction, count_empty)
-
-
-def _mean_over_positives(op, lse, total, count, hits, weights, reduction, count_empty):
-    """Row losses r_i − total_i / count_i, 0 without a positive, reduced; with `hits` also the share of rows hit."""
-    valid = count > 0
-    # masked_fill before the difference: a row with no candidate left has r = −inf
-    losses = lse.masked_fill(~valid, 0.0) - (total / count.clamp(min=1)).masked_fill(~valid, 0.0)
-    loss = reduce(op, losses, weights, reduction, len(valid) if count_empty else valid.sum())
-    return loss if hits is None else (loss, (hits & valid).sum() / valid.sum().clamp(min=1))
-
-
-def _paired(key_labels, key_ids, query_labels, query_ids) -> tuple[Tensor, Tensor]:
-    """One code for (label, id): equal where both are. Through the rank of the label, so that nothing overflows."""
-    ordered = torch.cat([key_ids, query_ids]).sort().values
-    width = ordered.shape[0] + 1
-    labels = torch.cat([key_labels, query_labels]).sort().values
-
-    def code(label, identity):
-        return torch.searchsorted(labels, label) * width + torch.searchsorted(ordered, identity)
-
-    return code(key_labels, key_ids), code(query_labels, query_ids)
+    index = torch.arange(embeddings.shape[0], device=embeddings.device)
+    return multi_positive_loss(
+        embeddings,
+        embeddings,
+        scale,
+        query_labels=labels,
+        key_labels=labels,
+        query_ids=index,
+        key_ids=index,
+        weights=weights,
+        reduction=reduction,
+        count_empty=count_empty,
+        return_accuracy=return_accuracy,
+        workspace=workspace,
+        implementation=implementation,
+    )
 
 
 class MultiPositiveLoss(ScaledLoss):

@@ -122,12 +122,18 @@ def _positives(op: str, queries: Tensor, n: int, positives) -> Tensor | None:
         return None
     vector(op, "positives", positives, m, queries, floating=False)
     positives = positives.long().contiguous()
-    # Reading the values would make a GPU wait and a compiler break the graph; out of range then protects nothing.
-    if positives.device.type == "cpu" and not torch.compiler.is_compiling() and m:
-        low, high = int(positives.min()), int(positives.max())
-        if low < -1 or high >= n:
-            raise ValueError(f"{op}: positives must lie in [-1, {n}), got values in [{low}, {high}]")
+    within(op, "positives", positives, -1, n)
     return positives
+
+
+def within(op: str, name: str, index: Tensor, least: int, count: int) -> None:
+    """Indices lie in [least, count). Not looked at where reading would make a GPU wait or a compiler break the graph;
+    out of range then protects nothing."""
+    if index.device.type != "cpu" or torch.compiler.is_compiling() or not index.numel():
+        return
+    low, high = int(index.min()), int(index.max())
+    if low < least or high >= count:
+        raise ValueError(f"{op}: {name} must lie in [{least}, {count}), got values in [{low}, {high}]")
 
 
 def _guide(op: str, queries: Tensor, keys: Tensor, guide) -> tuple[Tensor, Tensor, Tensor]:

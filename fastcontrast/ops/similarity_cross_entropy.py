@@ -1,6 +1,7 @@
-"""Mean cross entropy of rows, or of rows and columns, against each row's own column.
+"""Mean cross entropy of rows, or of rows and columns, against each row's own column or those of its label.
 
     loss = mean_i (r_i − p_i)      or      mean_i (½ r_i + ½ c_i − p_i)          r, c, p of `similarity_lse`
+    loss = mean_i (r_i − 1/|P(i)| Σ_{p ∈ P(i)} L_ip)                             P(i): the keys of row i's label
 
 The same sweep and numbers as the algebra on `similarity_lse`, as one node of the graph instead of four: a batch
 of 128 feels them. The differences are summed in double, so that a nearly solved batch keeps the digits of its loss.
@@ -8,20 +9,35 @@ of 128 feels them. The differences are summed in double, so that a nearly solved
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from . import _check as check
 from ._dispatch import native, note, select
+from ._segments import against_positives, positive_sums
 from ._sweep import Masks, address
 from ._workspace import workspace_bytes
 from .similarity_lse import backward_cpu, forward_cpu, is_symmetric, plan, rows_contiguous, similarity_lse
 
 
-def reference(queries, keys, scale, both: bool, **settings) -> Tensor:
-    """The algebra: what every other form must equal."""
-    *lses, own = similarity_lse(queries, keys, scale, dim="both" if both else "rows", return_positives=True, **settings)
-    return ((torch.lerp(*lses, 0.5) if both else lses[0]) - own).mean()
+def algebra(queries, keys, scale, both: bool, labels: Labels, **settings) -> Tensor:
+    """What every other form must equal."""
+    if labels.queries is None:
+        run = {"dim": "both" if both else "rows", "return_positives": True, **settings}
+        *lses, own = similarity_lse(queries, keys, scale, **run)
+        return ((torch.lerp(*lses, 0.5) if both else lses[0]) - own).mean()
+    lse = similarity_lse(queries, keys, scale, **{**settings, "positives": -1})
+    q, k = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (queries, keys))
+    ids = settings["query_ids"], settings["key_ids"]
+    losses, valid = against_positives(lse, *positive_sums(q, k, scale, settings["key_bias"], *labels, *ids))
+    return losses.sum() / valid.sum().clamp(min=1)
+
+
+class Labels(NamedTuple):
+    queries: Tensor | None  # [M] int64
+    keys: Tensor | None  # [N] int64
 
 
 class _MeanLoss(torch.autograd.Function):
@@ -60,25 +76,28 @@ class _SmallLoss(torch.autograd.Function):
     """The same for a small float32 problem: its logits are kept, and the rest is one native call each way."""
 
     @staticmethod
-    def forward(ctx, queries, keys, scale, query_ids, key_ids, positives, both, symmetric):
+    def forward(ctx, queries, keys, scale, masks, labels, both, symmetric):
         logits = torch.mm(queries, keys.t())
         m, n = logits.shape
-        state = torch.empty(2 * (m + n))
-        problem = native.Logits(scale.item(), 0, address(query_ids), address(key_ids), 0, positives.data_ptr())
-        threads = torch.get_num_threads()
-        loss = native.small_loss(problem, logits.data_ptr(), m, n, both, state.data_ptr(), threads)
-        ctx.save_for_backward(queries, keys, scale, positives, logits, state)
+        state = torch.empty(4 * m + 2 * n)
+        ids = address(masks.query_ids), address(masks.key_ids)
+        problem = native.Logits(scale.item(), 0, *ids, 0, address(masks.positives))
+        loss = native.small_loss(
+            problem, *map(address, labels), logits.data_ptr(), m, n, both, state.data_ptr(), torch.get_num_threads()
+        )
+        ctx.save_for_backward(queries, keys, scale, masks.positives, *labels, logits, state)
         ctx.both, ctx.symmetric = both, symmetric
         return torch.full((), loss)
 
     @staticmethod
     def backward(ctx, gradient):
         _refuse_second_gradient()
-        queries, keys, scale, positives, logits, state = ctx.saved_tensors
+        queries, keys, scale, positives, *labels, logits, state = ctx.saved_tensors
         target, value = torch.empty_like(logits), scale.item()
         total = native.small_gradient(
-            native.Logits(value, positives=positives.data_ptr()), logits.data_ptr(), target.data_ptr(), *logits.shape,
-            ctx.both, ctx.symmetric, state.data_ptr(), gradient.item(), torch.get_num_threads(),
+            native.Logits(value, positives=address(positives)), *map(address, labels), logits.data_ptr(),
+            target.data_ptr(), *logits.shape, ctx.both, ctx.symmetric, state.data_ptr(), gradient.item(),
+            torch.get_num_threads(),
         )  # fmt: skip
         need_queries, need_keys, need_scale = ctx.needs_input_grad[:3]
         dq = torch.mm(target, keys) if need_queries else None
@@ -86,7 +105,7 @@ class _SmallLoss(torch.autograd.Function):
         # Σ G·S, where the target holds scale·G, for a symmetric matrix each pair in both orders, and the logits scale·S
         total = total / (2 if ctx.symmetric else 1) / (value * value)
         dscale = torch.full((), total, dtype=scale.dtype) if need_scale else None
-        return dq, dk, dscale, None, None, None, None, None
+        return dq, dk, dscale, None, None, None, None
 
 
 def _refuse_second_gradient() -> None:
@@ -107,19 +126,29 @@ def similarity_cross_entropy(
     key_ids: Tensor | None = None,  # [N] integer
     positives: Tensor | None = None,  # [M] integer
     guide: tuple[Tensor, Tensor, Tensor | float] | None = None,  # [M, Dg], [N, Dg], [M]
+    query_labels: Tensor | None = None,  # [M] integer
+    key_labels: Tensor | None = None,  # [N] integer
     workspace: int | None = None,
     implementation: str | None = None,
 ) -> Tensor:
     """mean_i (r_i − p_i), or with `both` mean_i (½ r_i + ½ c_i − p_i),   p_i = L_i,positives[i],   of `similarity_lse`.
 
     Args: as there; `both` needs M = N and the default positives. Every row needs a positive. M must be at least 1.
+        query_labels, key_labels: p_i is instead the mean of L_ij over the keys j of row i's label that are not masked;
+            rows without one do not count. They go with ids and a bias, not with `both`, positives or a guide.
+
     Returns a 0-dim float32 tensor (float64 for float64 inputs). Raises as `similarity_lse`.
     """
     op = "similarity_cross_entropy"
     check.features(op, queries, keys)
     m, n = queries.shape[0], keys.shape[0]
-    if m < 1 or (positives is None and m > n) or (both and (m != n or positives is not None)):
+    labels = _labels(op, queries, keys, query_labels, key_labels)
+    labelled = labels.queries is not None
+    if labelled and (both or positives is not None or guide is not None):
+        raise ValueError(f"{op}: labels cannot go with both, positives or guide")
+    if not labelled and (m < 1 or (positives is None and m > n) or (both and (m != n or positives is not None))):
         raise ValueError(f"{op}: every row needs its own key, both=True a square problem, got {m} queries, {n} keys")
+    scale = check.scalar(op, "scale", scale, queries)
     settings = {
         "key_bias": key_bias, "query_ids": query_ids, "key_ids": key_ids, "positives": positives, "guide": guide,
         "workspace": workspace, "implementation": implementation,
@@ -127,21 +156,35 @@ def similarity_cross_entropy(
     choice = select("similarity_lse", implementation, queries.device, queries.dtype)
     # A compiler fuses the nodes itself, and needs to see the registered operation.
     if choice.implementation != "cpu" or torch.compiler.is_compiling():
-        return reference(queries, keys, scale, both, **settings)
-    note(choice)
+        return algebra(queries, keys, scale, both, labels, **settings)
     check.workspace(op, workspace)
-    scale = check.scalar(op, "scale", scale, queries)
+    if query_ids is None and key_ids is None and guide is None and positives is None:
+        masks = Masks() if labelled else Masks(positives=torch.arange(m))
+    else:
+        masks = check.masks(op, queries, keys, query_ids, key_ids, -1 if labelled else positives, guide, not labelled)
+    symmetric = key_bias is None and guide is None and not both and labels.queries is labels.keys
+    symmetric = symmetric and is_symmetric(queries, keys, query_ids, key_ids, positives)
+    small = m * n <= SMALL and 4 * m * n <= workspace_bytes(workspace, queries.device) and abs(scale.item()) > 1e-3
+    if small and key_bias is None and guide is None and queries.dtype == torch.float32:
+        note(choice)
+        return _SmallLoss.apply(queries, keys, scale, masks, labels, both, symmetric)
+    if labelled:
+        return algebra(queries, keys, scale, both, labels, **settings)
+    note(choice)
     if key_bias is not None:
         check.vector(op, "key_bias", key_bias, n, queries, floating=True)
-    if query_ids is None and key_ids is None and guide is None and positives is None:
-        masks = Masks(positives=torch.arange(m))
-    else:
-        masks = check.masks(op, queries, keys, query_ids, key_ids, positives, guide, True)
-    unbiased = key_bias is None and guide is None
-    symmetric = unbiased and not both and is_symmetric(queries, keys, query_ids, key_ids, positives)
-    small = m * n <= SMALL and 4 * m * n <= workspace_bytes(workspace, queries.device)
-    if small and unbiased and queries.dtype == torch.float32 and abs(scale.item()) > 1e-3:
-        return _SmallLoss.apply(queries, keys, scale, *masks[:3], both, symmetric)
     mix, keep = plan(queries, keys, scale, key_bias, masks, both, symmetric, workspace)
     queries, keys = rows_contiguous(queries), None if symmetric else rows_contiguous(keys)
     return _MeanLoss.apply(queries, keys, scale, key_bias, masks, both, mix, keep)
+
+
+def _labels(op: str, queries: Tensor, keys: Tensor, query_labels: Tensor | None, key_labels: Tensor | None) -> Labels:
+    if query_labels is None and key_labels is None:
+        return Labels(None, None)
+    if query_labels is None or key_labels is None:
+        missing = "key_labels" if key_labels is None else "query_labels"
+        raise ValueError(f"{op}: query_labels and key_labels go together, got no {missing}")
+    check.vector(op, "query_labels", query_labels, queries.shape[0], queries, floating=False)
+    check.vector(op, "key_labels", key_labels, keys.shape[0], queries, floating=False)
+    first = query_labels.long().contiguous()
+    return Labels(first, first if key_labels is query_labels else key_labels.long().contiguous())
