@@ -78,6 +78,14 @@ def dense_nt_xent(view1: Tensor, view2: Tensor, scale: Tensor | float) -> Tensor
     return F.cross_entropy(logits, torch.arange(2 * n).roll(n))
 
 
+def dense_supcon(embeddings: Tensor, labels: Tensor, scale: float) -> Tensor:
+    itself = torch.eye(len(labels), dtype=torch.bool)
+    log_p = (scale * embeddings @ embeddings.T).masked_fill(itself, float("-inf")).log_softmax(1)
+    positive = (labels[:, None] == labels) & ~itself
+    valid = positive.any(1)
+    return -(log_p.masked_fill(~positive, 0.0).sum(1)[valid] / positive.sum(1)[valid]).mean()
+
+
 def compiled(loss: Callable) -> Callable:
     torch._dynamo.reset()
     torch._inductor.config.compile_threads = 1  # no pool of processes that would outlive the compilation
@@ -123,6 +131,7 @@ def cached_stage(scale: float, mini_batch: int, reps: int | None = None) -> Prov
 # ----------------------------------------------------------------------------------------------------------- workloads
 
 WORKSPACE = 64 * MIB  # the default on a CPU
+NEVER_SLOWER = (Bar("fastcontrast", "dense torch", at_most=1.0),)
 OPEN_CLIP = Bar("open_clip.ClipLoss", "fastcontrast", at_least=2.0)
 
 
@@ -161,10 +170,8 @@ def small_batch(name: str, compile: bool = True) -> Workload:
     }
     if compile:
         providers["dense torch, compiled"] = provider(lambda: compiled(dense_clip), *ALL, compiles=True)
-    bars = (Bar("fastcontrast", "dense torch", at_most=1.0),)
-    return Workload(
-        f"clip, small {shape.n}", shape, TINY, make_batch, partial(truth, "clip"), providers, floor(3), bars, reps=15
-    )
+    label = f"clip, small {shape.n}"
+    return Workload(label, shape, TINY, make_batch, partial(truth, "clip"), providers, floor(3), NEVER_SLOWER, reps=15)
 
 
 def id_masks(name: str) -> Workload:
@@ -186,7 +193,7 @@ def pre_training_65536() -> Workload:
     return Workload("clip 65536", shape, TINY, make_batch, partial(truth, "clip"), providers, floors, bars, alone=True)
 
 
-def frozen_keys(name: str, bars: tuple[Bar, ...] = ()) -> Workload:
+def frozen_keys(name: str, bars: tuple[Bar, ...] = (), **options) -> Workload:
     """One direction, keys without gradient: image towers under locked text, queues, classifiers of class names."""
     shape = named(name)
     providers = {
@@ -194,12 +201,11 @@ def frozen_keys(name: str, bars: tuple[Bar, ...] = ()) -> Workload:
         "dense torch": provider(lambda: dense_info_nce, "queries", "scale", needs=16 * shape.m * shape.n),
     }
     exact = partial(truth, "info_nce", keys=False)
-    return Workload(
-        f"info_nce, keys frozen {shape.n}", shape, TINY, make_batch, exact, providers, floor(2), bars, reps=5
-    )
+    label = f"info_nce, keys frozen {shape.n}"
+    return Workload(label, shape, TINY, make_batch, exact, providers, floor(2), bars, **options)
 
 
-def views(shape: Shape, *others: str, scale: float = SCALE) -> Workload:
+def views(shape: Shape, *others: str, scale: float = SCALE, **options) -> Workload:
     """NT-Xent; D = 128 is SimCLR's projection. All normalise, as the rivals do inside."""
     known = {
         "dense torch": lambda: dense_nt_xent,
@@ -211,18 +217,19 @@ def views(shape: Shape, *others: str, scale: float = SCALE) -> Workload:
     providers = {name: make(loss, *PAIR) for name, loss in losses.items()}
     exact = partial(truth, "nt_xent", scale=False, normalise=True)
     label = f"nt_xent {shape.n} × {shape.d}"
-    return Workload(label, shape, TINY, make_views, exact, providers, symmetric_floor(), reps=5)
+    return Workload(label, shape, TINY, make_views, exact, providers, symmetric_floor(), **options)
 
 
-def classes(shape: Shape) -> Workload:
-    """Supervised contrast, at the same scale for both."""
+def classes(shape: Shape, **options) -> Workload:
+    """Supervised contrast, at the same scale for all."""
     providers = {
         "fastcontrast": supcon(lambda: partial(supcon_loss, scale=SCALE)),
+        "dense torch": supcon(lambda: partial(dense_supcon, scale=SCALE)),
         "pytorch_metric_learning.SupConLoss": supcon(lambda: rivals.metric_learning_supcon(SCALE)),
     }
     exact = partial(truth, "supcon", scale=False, normalise=True, keys=False)
     label = f"supcon {shape.n} × {shape.d}"
-    return Workload(label, shape, TINY, make_batch, exact, providers, symmetric_floor(views=False), reps=5)
+    return Workload(label, shape, TINY, make_batch, exact, providers, symmetric_floor(views=False), **options)
 
 
 def sentences(n: int) -> Workload:
@@ -258,17 +265,20 @@ def workloads(quick: bool) -> list[Workload]:
         ]
     ours, kept = "fastcontrast", "fastcontrast, 4N² bytes"
     bars = (Bar(ours, "4 products", at_most=1.10), Bar(kept, "3 products", at_most=1.20), OPEN_CLIP)
-    larger = Bar("open_clip.ClipLoss", ours, at_least=2.5)
+    larger, sizes = Bar("open_clip.ClipLoss", ours, at_least=2.5), (128, 256, 512, 1024, 2048)
     return [
         clip("batch_8192", kept=True, bars=bars, reps=5),
         clip("batch_16384", compile=False, bars=(larger,), reps=3),
-        *(small_batch(f"batch_{n}") for n in (128, 256, 512, 1024, 2048)),
+        *(small_batch(f"batch_{n}") for n in sizes),
+        *(frozen_keys(f"batch_{n}", NEVER_SLOWER, reps=15) for n in sizes),
+        *(views(named(f"batch_{n}"), "dense torch", bars=NEVER_SLOWER, reps=15) for n in sizes),
+        *(classes(named(f"batch_{n}"), bars=NEVER_SLOWER, reps=15) for n in sizes),
         id_masks("batch_8192"),
-        frozen_keys("batch_8192", bars=(Bar(ours, "2 products", at_most=1.15),)),
-        views(Shape("views_8192", 8192, 8192, 512)),
-        views(Shape("views_4096", 4096, 4096, 128), *three_rivals[:2]),
+        frozen_keys("batch_8192", (Bar(ours, "2 products", at_most=1.15),), reps=5),
+        views(named("batch_8192"), reps=5),
+        views(Shape("views_4096", 4096, 4096, 128), *three_rivals[:2], reps=5),
         few,
-        classes(Shape("classes_4096", 4096, 4096, 128)),
+        classes(Shape("classes_4096", 4096, 4096, 128), reps=5),
         sentences(4096),
         chunks,
         pre_training_65536(),

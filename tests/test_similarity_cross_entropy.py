@@ -1,10 +1,14 @@
 """The one-node mean loss against its algebra on `similarity_lse`, in float64."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from fastcontrast.ops import similarity_cross_entropy, trace
+from fastcontrast.ops import _sweep, similarity_cross_entropy, trace
+
+module = importlib.import_module("fastcontrast.ops.similarity_cross_entropy")
 
 SETTINGS = {
     "plain": {},
@@ -39,6 +43,110 @@ def test_equals_its_algebra(settings, both, workspace):
     assert abs(loss.item() - truth.item()) <= 1e-5 * truth.item()
     for gradient, exact in zip(gradients, expected, strict=True):
         assert (gradient - exact).norm() <= 1e-5 * exact.norm()
+
+
+LABELS = {
+    "a few classes": (torch.arange(40) % 7, torch.arange(40) % 5),
+    "some rows without a positive": (torch.arange(40) % 7, torch.arange(40) % 7 + 4),
+    "no positive at all": (torch.zeros(40).long(), torch.ones(40).long()),
+    "one class": (torch.zeros(40).long(), torch.zeros(40).int()),
+}
+
+
+@pytest.mark.parametrize("labels", LABELS.values(), ids=LABELS)
+@pytest.mark.parametrize("settings", [{}, SETTINGS["ids"], SETTINGS["bias"]], ids=["plain", "ids", "bias"])
+@pytest.mark.parametrize("workspace", [0, None])
+def test_labels_equal_the_mean_over_positives(labels, settings, workspace):
+    named = {"query_labels": labels[0], "key_labels": labels[1], **settings}
+
+    def dense(q, k, s):
+        logits = s * q @ k.T + settings.get("key_bias", torch.zeros(40))
+        if "query_ids" in settings:
+            logits = logits.masked_fill(settings["query_ids"][:, None] == settings["key_ids"], -torch.inf)
+        positive = (labels[0][:, None] == labels[1]) & ~logits.isneginf()
+        valid = positive.any(1)
+        if not valid.any():
+            return (0 * q).sum() + (0 * k).sum() + 0 * s
+        own = logits.masked_fill(~positive, 0.0).sum(1)[valid] / positive.sum(1)[valid]
+        return (logits.logsumexp(1)[valid] - own).mean()
+
+    inputs = features(aligned=0.3)
+    loss, gradients = value_and_gradients(inputs, torch.float32, workspace=workspace, **named)
+    exact, from_algebra = value_and_gradients(inputs, torch.float64, workspace=workspace, **named)
+    leaves = [x.double().requires_grad_() for x in inputs]
+    truth = dense(*leaves)
+    assert abs(exact.item() - truth.item()) <= 1e-12 and abs(loss.item() - truth.item()) <= 1e-5 * truth.item()
+    expected = torch.autograd.grad(3 * truth, leaves)
+    for gradient, algebra, right in zip(gradients, from_algebra, expected, strict=True):
+        assert (algebra - right).norm() <= 1e-12 * right.norm()
+        assert (gradient - right).norm() <= 1e-5 * right.norm()
+
+
+def symmetric_settings() -> dict[str, dict]:
+    """One set against itself; what tells (i, j) from (j, i) must not be taken for symmetric."""
+    index, pairs = torch.arange(40), torch.arange(40).roll(20)
+    classes, coarse = index % 5, index % 3
+    return {
+        "pairs": {"query_ids": index, "key_ids": index, "positives": pairs},
+        "pairs that share an id": {"query_ids": index % 20, "key_ids": index % 20, "positives": pairs},
+        "pairs, no ids": {"positives": pairs},
+        "no pairs": {"query_ids": classes, "key_ids": classes, "positives": index.roll(7)},
+        "itself": {},
+        "both": {"both": True},
+        "labels": {"query_ids": index, "key_ids": index, "query_labels": classes, "key_labels": classes},
+        "labels of two kinds": {"query_labels": classes, "key_labels": coarse},
+        "ids of two kinds": {"query_ids": classes, "key_ids": coarse, "positives": pairs},
+    }
+
+
+@pytest.mark.parametrize("name", symmetric_settings())
+@pytest.mark.parametrize("small", [True, False])
+@pytest.mark.parametrize("workspace", [0, None])
+def test_one_set_against_itself(name, small, workspace, monkeypatch):
+    settings = symmetric_settings()[name]
+    for key in ("ids", "labels"):  # equal ones must be the same object
+        if f"query_{key}" in settings and "two" not in name:
+            settings[f"key_{key}"] = settings[f"query_{key}"]
+    monkeypatch.setattr(module, "SMALL", module.SMALL if small else 0)
+    monkeypatch.setattr(_sweep, "ROWS", 16)
+    monkeypatch.setattr(_sweep, "MIN_KEPT_ROWS", 1)
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        z = features(dtype)[0].requires_grad_()
+        scale = torch.tensor(4.0, dtype=dtype, requires_grad=True)
+        loss = similarity_cross_entropy(z, z, scale, workspace=workspace, **settings)
+        results.append((loss, *torch.autograd.grad(loss, [z, scale])))
+    for actual, exact in zip(*results, strict=True):
+        assert (actual - exact).norm() <= 1e-5 * exact.norm()
+
+
+@pytest.mark.parametrize("needs", ["queries", "keys", "scale"])
+def test_only_what_is_needed_gets_a_gradient(needs):
+    inputs = dict(zip(("queries", "keys", "scale"), features(aligned=0.3), strict=True))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        leaves = {name: x.to(dtype, copy=True).requires_grad_(name == needs) for name, x in inputs.items()}
+        results.append(torch.autograd.grad(similarity_cross_entropy(**leaves, both=True), leaves[needs])[0])
+    assert (results[0] - results[1]).norm() <= 1e-5 * results[1].norm()
+
+
+def test_strided_features():
+    q, k, scale = features(aligned=0.3)
+    wide = [torch.cat([x, x], 1)[:, ::2] for x in (q, k)]
+    for small in (wide, [x.clone() for x in wide]):
+        loss, gradients = value_and_gradients([*small, scale], torch.float32)
+        exact, expected = value_and_gradients([*small, scale], torch.float64)
+        assert abs(loss.item() - exact.item()) <= 1e-5 * exact.item()
+        for gradient, right in zip(gradients, expected, strict=True):
+            assert (gradient - right).norm() <= 1e-5 * right.norm()
+
+
+def test_nan_comes_out_and_nothing_crashes():
+    q, k, scale = features(aligned=0.3)
+    q[3, 0] = float("nan")
+    q.requires_grad_()
+    loss = similarity_cross_entropy(q, k, scale, query_ids=torch.arange(40) % 9, key_ids=torch.arange(40) % 9)
+    assert loss.isnan() and torch.autograd.grad(loss, q)[0][3].isnan().all()
 
 
 def test_a_solved_batch_keeps_the_digits_of_its_loss():
@@ -88,3 +196,13 @@ def test_refuses_rows_without_their_key(both):
         similarity_cross_entropy(torch.ones(3, 4), torch.ones(2, 4), both=both)
     with pytest.raises(ValueError, match="every row needs"):
         similarity_cross_entropy(torch.ones(0, 4), torch.ones(0, 4), both=both)
+
+
+def test_refuses_labels_that_do_not_fit():
+    x, labels = torch.ones(3, 4), torch.arange(3)
+    with pytest.raises(ValueError, match=r"^similarity_cross_entropy: .*go together, got no key_labels"):
+        similarity_cross_entropy(x, x, query_labels=labels)
+    with pytest.raises(ValueError, match=r"key_labels must be \[3\], got \[2\]"):
+        similarity_cross_entropy(x, x, query_labels=labels, key_labels=labels[:2])
+    with pytest.raises(ValueError, match="labels cannot go with both, positives or guide"):
+        similarity_cross_entropy(x, x, query_labels=labels, key_labels=labels, both=True)

@@ -578,6 +578,21 @@ def test_symmetric_equals_general():
             assert_same(evaluate({"queries": q, "scale": general["scale"]}, options), expected)
 
 
+@pytest.mark.parametrize("ids", ["shared", "apart", None])
+def test_own_keys_in_pairs_keep_the_symmetry(ids):
+    """Row i's own key is j and row j's is i, or it has none: half of the tiles give own logits and their gradient."""
+    q, index = unit(83, 16, 1), torch.arange(83)
+    positives = torch.cat([index[40:80], index[:40], torch.tensor([-1, 81, -1])])
+    codes = index.where(index < 40, index - 40) if ids == "shared" else index
+    options = {"positives": positives, "return_positives": True, "workspace": 0}
+    if ids is not None:
+        options |= {"query_ids": codes, "key_ids": codes}
+    inputs = {"queries": q, "scale": torch.tensor(9.0)}
+    with tiles(16, 32):
+        assert_accurate(inputs, options, strict=True, upstream=lambda i, shape: one_sign(i, shape) * (1, -2)[i])
+        assert products(inputs, options) == products(inputs, {"workspace": 0}) < 3
+
+
 ASYMMETRIES = {
     "positives": {"query_ids": torch.arange(50) % 3, "positives": torch.arange(50).roll(7)},
     "key_bias": {"key_bias": torch.linspace(-1, 1, 50)},

@@ -68,8 +68,8 @@ class _MeanLoss(torch.autograd.Function):
         return (*(x if need else None for x, need in zip(gradients, needs, strict=True)), None, None, None, None)
 
 
-# Logits of 1 MiB at the most: beyond, calls are no longer what costs.
-SMALL = 1 << 18
+# Logits of 4 MiB at the most, and their gradient as much again: beyond, tiles cost as little.
+SMALL = 1 << 20
 
 
 class _SmallLoss(torch.autograd.Function):
@@ -164,8 +164,8 @@ def similarity_cross_entropy(
         masks = check.masks(op, queries, keys, query_ids, key_ids, -1 if labelled else positives, guide, not labelled)
     symmetric = key_bias is None and guide is None and not both and labels.queries is labels.keys
     symmetric = symmetric and is_symmetric(queries, keys, query_ids, key_ids, positives)
-    small = m * n <= SMALL and 4 * m * n <= workspace_bytes(workspace, queries.device) and abs(scale.item()) > 1e-3
-    if small and key_bias is None and guide is None and queries.dtype == torch.float32:
+    small = m * n <= SMALL and 8 * m * n <= workspace_bytes(workspace, queries.device)
+    if small and abs(scale.item()) > 1e-3 and key_bias is None and guide is None and queries.dtype == torch.float32:
         note(choice)
         return _SmallLoss.apply(queries, keys, scale, masks, labels, both, symmetric)
     if labelled:

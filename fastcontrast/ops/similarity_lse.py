@@ -358,8 +358,8 @@ def is_symmetric(queries, keys, query_ids, key_ids, positives) -> bool:
         return True
     if torch.compiler.is_compiling():  # the values are not there to be looked at
         return False
-    index = torch.arange(positives.shape[0])
-    return bool(((positives < 0) | (positives[positives.clamp(min=0)] == index)).all())
+    mirror = _mirror(positives)
+    return torch.equal(mirror.index_select(0, mirror), torch.arange(mirror.shape[0]))
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
