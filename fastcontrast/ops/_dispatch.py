@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 try:
-    from fastcontrast import _C as native
+    import fastcontrast._C as native
 
     native_missing = None
 except ImportError as error:  # built without a compiler: everything runs on the reference path, and says so
