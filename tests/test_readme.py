@@ -1,0 +1,96 @@
+"""The README keeps its word: its commands exist, its example runs, and its figures are those of committed results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_two_commands_and_both_are_targets():
+    (commands,) = blocks("bash")
+    commands = [line.split("#")[0].strip() for line in commands.splitlines()]
+    assert commands == ["make demo", "make test"]
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert {command.removeprefix("make ") for command in commands} <= set(targets)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_example_runs_and_trains():
+    (code,) = blocks("python")
+    assert len(code.strip().splitlines()) <= 10 + 1  # the blank line between imports and code
+    torch.manual_seed(0)
+    towers = {name: nn.Linear(16, 8) for name in ("image_tower", "text_tower")}
+    images = torch.randn(600, 16)
+    before = [p.detach().clone() for tower in towers.values() for p in tower.parameters()]
+    seen = {**towers, "loader": [(images, images + 0.1 * torch.randn_like(images))] * 3}
+    exec(code, seen)
+    after = [p for tower in towers.values() for p in tower.parameters()]
+    assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert seen["loss"].isfinite() and seen["loss_fn"].log_scale.grad is None  # zero_grad saw it
+
+
+def seconds(value: float) -> str:
+    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+
+
+MEASURED = {
+    "N = 8,192: fastcontrast": ("clip 8192", "fastcontrast"),
+    "N = 8,192: fastcontrast, workspace of 4N² bytes": ("clip 8192", "fastcontrast, 4N² bytes"),
+    "N = 8,192: dense torch, compiled": ("clip 8192", "dense torch, compiled"),
+    "N = 8,192: open_clip.ClipLoss": ("clip 8192", "open_clip.ClipLoss"),
+    "N = 16,384: fastcontrast": ("clip 16384", "fastcontrast"),
+    "N = 16,384: open_clip.ClipLoss": ("clip 16384", "open_clip.ClipLoss"),
+    "N = 65,536: fastcontrast": ("clip 65536", "fastcontrast"),
+}
+AGAINST = {
+    "NT-Xent, 4,096 rows, D = 128": ("nt_xent 4096 × 128", "lightly.NTXentLoss"),
+    "supervised contrast, 4,096 rows, D = 128": ("supcon 4096 × 128", "pytorch_metric_learning.SupConLoss"),
+    "loss stage of cached training, 4,096 × 384": ("cached loss stage 4096 × 384", "sentence-transformers, 32 rows"),
+}
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[tuple[str, str], dict]:
+    rows = json.loads((RESULTS / "similarity_lse.json").read_text())["rows"]
+    return {(row["workload"], row["provider"]): row for row in rows}
+
+
+def test_tables_are_the_committed_results(results):
+    rows = []
+    for label, key in MEASURED.items():
+        row = results[key]
+        over = f"{row['ratio']:.2f} × {row['floor'].removesuffix(' products')}"
+        rows.append(f"| {label} | {seconds(row['seconds'])} | {over} | {row['peak_extra_bytes'] / 2**20:.0f} MiB |")
+    for label, (workload, rival) in AGAINST.items():
+        ours, theirs = (seconds(results[workload, name]["seconds"]) for name in ("fastcontrast", rival))
+        rows.append(f"| {label} | {ours} | {theirs}, {rival} |")
+    assert [row for row in rows if row not in README] == []
+    unchecked = [line for line in README.splitlines() if re.search(r"^\| .*\d m?s ", line) and line not in rows]
+    assert unchecked == []
+
+
+def test_claims_in_prose_are_the_committed_results(results):
+    assert f"{results['nt_xent 8192 × 512', 'fastcontrast']['ratio']:.2f} × its two bare products" in README
+    small = [bar for row in results.values() for bar in row["bars"] if bar["claim"] == "fastcontrast / dense torch ≤ 1"]
+    assert len(small) == 20 and all(bar["met"] for bar in small)
+    assert all(bar["met"] for row in results.values() for bar in row["bars"])
+    ours = [row for row in results.values() if row["provider"].startswith("fastcontrast") and row["error"] is not None]
+    assert max(row["error"] for row in ours) < 1e-5
+    demo = json.loads((RESULTS / "demo_icons.json").read_text())
+    recall = {way: 100 * share["1"] for way, share in demo["recall_after"].items()}
+    prose = " ".join(README.split())
+    claim = f"image → text recall@1 {recall['item_to_name']:.1f} %, text → image {recall['name_to_item']:.1f} %"
+    assert claim in prose and f"{demo['seconds']['total']:.0f} s in all" in prose
+    assert f"{demo['items']:,} real icons" in prose and f"{demo['batch']:,} pairs a step" in prose
+    assert demo["batch"] >= 4096 and min(recall.values()) >= 20 and demo["seconds"]["total"] <= 300
