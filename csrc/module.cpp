@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/memory.h"
+#include "cpu/similarity_cross_entropy.h"
 #include "cpu/similarity_lse.h"
 
 namespace py = pybind11;
