@@ -8,7 +8,10 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "demo": ("fastcontrast.demo", "train a CLIP from scratch on real data, and compare the loss with the dense one"),
+    "demo": (
+        "fastcontrast.demo.command",
+        "train a CLIP from scratch on real data, its loss beside the dense one",
+    ),
     "bench": ("fastcontrast.benchmarks._harness", "measure operations against floors and rivals"),
     "doctor": ("fastcontrast.doctor", "what would run here, and why not the rest"),
 }

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from fastcontrast import GradCache, clip_loss, data, demo, towers
+from fastcontrast import GradCache, clip_loss, data, towers
+from fastcontrast.demo import command, loss_stage, training
+from fastcontrast.demo.recall import chance, recall
 
 
 @pytest.fixture(scope="module")
@@ -43,14 +45,14 @@ def test_recall_is_the_definition(seed):
     torch.manual_seed(seed)
     labels = torch.cat([torch.arange(23), torch.randint(0, 23, (24,))])
     items, names = torch.randn(47, 5), torch.randn(23, 5)
-    measured = demo.recall(items, names, labels)
+    measured = recall(items, names, labels)
     for k in (1, 10):
         expected = brute_force_recall(items, names, labels, k)
         assert {way: pytest.approx(share[str(k)]) for way, share in measured.items()} == expected
 
 
 def test_recall_of_equal_features_is_nothing():
-    measured = demo.recall(torch.ones(30, 4), torch.ones(15, 4), torch.arange(30) % 15)
+    measured = recall(torch.ones(30, 4), torch.ones(15, 4), torch.arange(30) % 15)
     assert [share for ways in measured.values() for share in ways.values()] == [0.0] * 4
 
 
@@ -59,37 +61,37 @@ def test_chance_is_what_random_features_reach():
     torch.manual_seed(0)
     unseen = pairs.unseen.nonzero()[:, 0]
     labels = torch.searchsorted(unseen, pairs.ids[pairs.test])
-    trials = [demo.recall(torch.randn(len(labels), 8), torch.randn(30, 8), labels) for _ in range(300)]
-    for way, shares in demo.chance(pairs).items():
+    trials = [recall(torch.randn(len(labels), 8), torch.randn(30, 8), labels) for _ in range(300)]
+    for way, shares in chance(pairs).items():
         for k, share in shares.items():
             assert sum(t[way][k] for t in trials) / 300 == pytest.approx(share, abs=0.02)
 
 
 def test_batches_go_by_seen_name(few_icons):
-    batches = demo.batches(few_icons, 64, seed=0)
+    batches = training.batches(few_icons, 64, seed=0)
     seen = len(few_icons.names) - int(few_icons.unseen.sum())
     rows = [next(batches) for _ in range(seen // 64)]
     names = few_icons.ids[torch.cat(rows)]
     assert not few_icons.unseen[names].any()
     assert len(names.unique()) == len(names), "a name came twice within an epoch"
-    assert len(next(demo.batches(few_icons, 1000, seed=0))) == 1000, "a batch may be larger than the set"
-    assert torch.equal(next(demo.batches(few_icons, 64, seed=0)), rows[0])
+    assert len(next(training.batches(few_icons, 1000, seed=0))) == 1000, "a batch may be larger than the set"
+    assert torch.equal(next(training.batches(few_icons, 64, seed=0)), rows[0])
 
 
 def test_shifted_glyphs_keep_their_ink(few_icons):
     glyphs = few_icons.items[:50]
-    moved = demo.shifted(glyphs, 2, torch.Generator().manual_seed(0))
+    moved = training.shifted(glyphs, 2, torch.Generator().manual_seed(0))
     assert moved.dtype == torch.uint8 and moved.shape == glyphs.shape and not torch.equal(moved, glyphs)
     lone = torch.zeros(200, 9, 9)
     lone[:, 4, 4] = 1
-    places = demo.shifted(lone, 2, torch.Generator().manual_seed(0)).flatten(1).argmax(1)
+    places = training.shifted(lone, 2, torch.Generator().manual_seed(0)).flatten(1).argmax(1)
     assert {(int(p) // 9, int(p) % 9) for p in places} == {(y, x) for y in range(2, 7) for x in range(2, 7)}
 
 
 def test_learning_rate_rises_and_falls():
-    shares = [demo.warm_up_then_cosine(i, 40) for i in range(40)]
+    shares = [training.warm_up_then_cosine(i, 40) for i in range(40)]
     assert shares[5] == 1 and shares[:6] == sorted(shares[:6]) and shares[5:] == sorted(shares[5:], reverse=True)
-    assert demo.warm_up_then_cosine(0, 1) == 1
+    assert training.warm_up_then_cosine(0, 1) == 1
 
 
 def test_chunks_do_not_change_the_gradient(few_icons):
@@ -127,8 +129,8 @@ def test_hash_words_is_stable():
 
 def test_demo_on_few_icons(few_icons, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("FASTCONTRAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo, "_stage_memory", lambda kind, inputs: 0.0)  # a process each: tested below, once
-    results = demo.run("icons", batch=128, steps=6, device="cpu", output=tmp_path / "out", pairs=few_icons)
+    monkeypatch.setattr(loss_stage, "_stage_memory", lambda kind, inputs: 0.0)  # a process each: tested below, once
+    results = command.run("icons", batch=128, steps=6, device="cpu", output=tmp_path / "out", pairs=few_icons)
     printed = capsys.readouterr().out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"icons.safetensors", "icons.png", "icons.json"}
     assert json.loads((tmp_path / "out" / "icons.json").read_text()) == results
@@ -148,8 +150,8 @@ def test_demo_on_few_icons(few_icons, tmp_path, monkeypatch, capsys):
 
 
 def test_demo_on_texts(texts, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "_stage_memory", lambda kind, inputs: 0.0)
-    results = demo.run("wordnet", batch=32, steps=5, output=tmp_path, pairs=texts, device="cpu")
+    monkeypatch.setattr(loss_stage, "_stage_memory", lambda kind, inputs: 0.0)
+    results = command.run("wordnet", batch=32, steps=5, output=tmp_path, pairs=texts, device="cpu")
     assert results["recall_after"]["item_to_name"]["10"] > results["recall_chance"]["item_to_name"]["10"]
     monkeypatch.setattr(data, "wordnet", lambda: texts)
     capsys.readouterr()
@@ -162,7 +164,7 @@ def test_memory_of_a_stage_sees_the_matrix(tmp_path):
     torch.manual_seed(0)
     n = 2048
     images, words = (F.normalize(torch.randn(n, 32), dim=1) for _ in range(2))
-    dense = demo._stage_memory("dense", [images, words, torch.tensor(10.0), torch.arange(n)])
+    dense = loss_stage._stage_memory("dense", [images, words, torch.tensor(10.0), torch.arange(n)])
     assert 2 * n * n * 4 / 2**20 <= dense <= 10 * n * n * 4 / 2**20
 
 
@@ -176,7 +178,7 @@ def test_weights_of_others_are_refused(tmp_path):
 
 def test_command_line(monkeypatch, capsys):
     parser = argparse.ArgumentParser()
-    demo.configure(parser)
+    command.configure(parser)
     args = parser.parse_args(["--data", "wordnet"])
     assert args.batch >= 4096 and args.data == "wordnet"
 
@@ -184,19 +186,19 @@ def test_command_line(monkeypatch, capsys):
         raise data.MissingDataError("get it so")
 
     monkeypatch.setitem(data.LOADERS, "wordnet", missing)
-    monkeypatch.setattr(demo.Path, "mkdir", lambda *args, **settings: None)
-    assert demo.main(args) == 1
+    monkeypatch.setattr(command.Path, "mkdir", lambda *args, **settings: None)
+    assert command.main(args) == 1
     assert capsys.readouterr().err == "fastcontrast demo: get it so\n"
 
 
 def test_demo_refuses_nonsense(tmp_path):
     with pytest.raises(ValueError, match="batch must be at least 2 and steps at least 1, got 1 and 3"):
-        demo.run("icons", batch=1, steps=3, output=tmp_path)
+        command.run("icons", batch=1, steps=3, output=tmp_path)
 
 
 def test_importing_the_demo_is_cheap():
     code = (
-        "import sys, fastcontrast.demo\n"
+        "import sys, fastcontrast.demo.command\n"
         "print([m for m in ('transformers', 'PIL', 'matplotlib', 'safetensors', 'tokenizers') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .towers import TwoTowers, encode
+from fastcontrast.towers import TwoTowers, encode
 
 if TYPE_CHECKING:
-    from .data import Pairs
+    from fastcontrast.data import Pairs
 
 INK, GREY, LIGHT, BLUE, GREEN = "#1b1f24", "#6b7280", "#d8dce2", "#2563eb", "#15a34a"
 ANSWERS = 5
