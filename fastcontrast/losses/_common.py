@@ -22,15 +22,17 @@ def float32(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def features(op: str, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
-    """Checked and in float32 (float64 stays); `keys is queries` survives."""
-    check.matrix(op, "queries", queries)
+def features(
+    op: str, queries: Tensor, keys: Tensor, names: tuple[str, str] = ("queries", "keys")
+) -> tuple[Tensor, Tensor]:
+    """Checked, under the names that the caller knows, and in float32 (float64 stays); `keys is queries` survives."""
+    check.matrix(op, names[0], queries)
     if keys is queries:
         queries = float32(queries)
         return queries, queries
-    check.matrix(op, "keys", keys, queries.shape[1])
+    check.matrix(op, names[1], keys, queries.shape[1], like=names[0])
     queries, keys = float32(queries), float32(keys)
-    check.same_kind(op, "keys", keys, queries)
+    check.same_kind(op, names[1], keys, queries, like_name=names[0])
     return queries, keys
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._common import ScaledLoss
+from fastcontrast.ops import _check as check
+
+from ._common import ScaledLoss, features
 from .info_nce import info_nce
 
 
@@ -36,9 +38,14 @@ def clip_loss(
     Raises: as `info_nce`; ValueError unless there are as many texts as images.
     Source: Radford et al. 2021.
     """
-    if image_features.shape[:1] != text_features.shape[:1]:
+    op, names = "clip_loss", ("image_features", "text_features")
+    image_features, text_features = features(op, image_features, text_features, names)
+    if image_features.shape != text_features.shape:
         got = f"{list(image_features.shape)} and {list(text_features.shape)}"
-        raise ValueError(f"clip_loss: image_features and text_features must have as many rows, got {got}")
+        raise ValueError(f"{op}: image_features and text_features must have as many rows, got {got}")
+    if ids is not None:
+        check.vector(op, "ids", ids, image_features.shape[0], image_features, floating=False)
+    scale = check.scalar(op, "scale", scale, image_features)
     return info_nce(
         image_features,
         text_features,

@@ -222,6 +222,9 @@ def _extra_logits(
             raise ValueError(f"{op}: hard_negatives_mask needs hard_negatives")
         return None
     m, d = queries.shape
+    if not isinstance(negatives, Tensor):
+        raise TypeError(f"{op}: hard_negatives must be a tensor, got {type(negatives).__name__}")
+    check.same_kind(op, "hard_negatives", negatives, queries, dtype=False)
     if negatives.ndim != 3 or negatives.shape[0] != m or negatives.shape[2] != d:
         raise ValueError(f"{op}: hard_negatives must be [{m}, K, {d}], got {list(negatives.shape)}")
     logits = scale * torch.einsum("md,mkd->mk", queries, float32(negatives))

@@ -125,6 +125,9 @@ def supcon_loss(
 
     Source: Khosla et al. 2020, "Supervised Contrastive Learning", eq. 2 (temperature 0.1 = scale 10).
     """
+    op = "supcon_loss"
+    embeddings, _ = features(op, embeddings, embeddings, ("embeddings", "embeddings"))
+    check.vector(op, "labels", labels, embeddings.shape[0], embeddings, floating=False)
     index = torch.arange(embeddings.shape[0], device=embeddings.device)
     return multi_positive_loss(
         embeddings,

@@ -39,7 +39,7 @@ def nt_xent_loss(
     Source: Chen et al. 2020 (SimCLR).
     """
     op = "nt_xent_loss"
-    view1, view2 = features(op, view1, view2)
+    view1, view2 = features(op, view1, view2, ("view1", "view2"))
     n = view1.shape[0]
     if view2.shape[0] != n:
         raise ValueError(f"{op}: view2 must have {n} rows like view1, got {view2.shape[0]}")

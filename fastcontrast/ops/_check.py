@@ -34,11 +34,11 @@ def matrix(op: str, name: str, x: Any, columns: int | None = None, like: str = "
         raise ValueError(f"{op}: {name} must be [N, {columns}] to match {like}, got {list(x.shape)}")
 
 
-def same_kind(op: str, name: str, x: Tensor, like: Tensor, *, dtype: bool = True) -> None:
+def same_kind(op: str, name: str, x: Tensor, like: Tensor, *, dtype: bool = True, like_name: str = "queries") -> None:
     if x.device != like.device:
-        raise ValueError(f"{op}: {name} must be on {like.device} like queries, got {x.device}")
+        raise ValueError(f"{op}: {name} must be on {like.device} like {like_name}, got {x.device}")
     if dtype and x.dtype != like.dtype:
-        raise TypeError(f"{op}: {name} must be {_name(like.dtype)} like queries, got {_name(x.dtype)}")
+        raise TypeError(f"{op}: {name} must be {_name(like.dtype)} like {like_name}, got {_name(x.dtype)}")
 
 
 def features(op: str, queries: Any, keys: Any) -> None:
