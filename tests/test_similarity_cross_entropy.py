@@ -130,6 +130,17 @@ def test_only_what_is_needed_gets_a_gradient(needs):
     assert (results[0] - results[1]).norm() <= 1e-5 * results[1].norm()
 
 
+@pytest.mark.parametrize("small", [True, False])
+def test_autocast_rounds_nothing_in_either_pass(small, monkeypatch):
+    monkeypatch.setattr(module, "SMALL", module.SMALL if small else 0)
+    expected = value_and_gradients(features(aligned=0.3), torch.float32, both=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = value_and_gradients(features(aligned=0.3), torch.float32, both=True)
+    assert torch.equal(loss, expected[0])
+    for gradient, exact in zip(gradients, expected[1], strict=True):
+        assert torch.equal(gradient, exact)
+
+
 def test_strided_features():
     q, k, scale = features(aligned=0.3)
     wide = [torch.cat([x, x], 1)[:, ::2] for x in (q, k)]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
+from ._autocast import without_autocast
 from ._dispatch import native, note, select
 from ._segments import against_positives, positive_sums
 from ._sweep import Masks, address
@@ -76,12 +77,15 @@ class _SmallLoss(torch.autograd.Function):
     """The same for a small float32 problem: its logits are kept, and the rest is one native call each way."""
 
     @staticmethod
+    @without_autocast
     def forward(ctx, queries, keys, scale, masks, labels, both, symmetric):
         logits = torch.mm(queries, keys.t())
         m, n = logits.shape
         state = torch.empty(4 * m + 2 * n)
-        ids = address(masks.query_ids), address(masks.key_ids)
-        problem = native.Logits(scale.item(), 0, *ids, 0, address(masks.positives))
+        problem = native.Logits(
+            scale.item(), query_ids=address(masks.query_ids), key_ids=address(masks.key_ids),
+            positives=address(masks.positives),
+        )  # fmt: skip
         loss = native.small_loss(
             problem, *map(address, labels), logits.data_ptr(), m, n, both, state.data_ptr(), torch.get_num_threads()
         )
@@ -90,6 +94,7 @@ class _SmallLoss(torch.autograd.Function):
         return torch.full((), loss)
 
     @staticmethod
+    @without_autocast
     def backward(ctx, gradient):
         _refuse_second_gradient()
         queries, keys, scale, positives, *labels, logits, state = ctx.saved_tensors
