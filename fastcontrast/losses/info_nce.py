@@ -95,76 +95,63 @@ def info_nce(
     if plain and m and forward and (len(directions) == 1 or (backward and len(directions) == 2 and square)):
         return similarity_cross_entropy(queries, keys, scale, both=backward, key_bias=key_bias, **masks, **run)
     own_keys = pick(keys, own, m)
-    rows = columns = None
-    hits = []
     if forward or backward:
-        swept = similarity_lse(
-            queries,
-            keys,
-            scale,
-            dim="both" if forward and backward else "rows" if forward else "columns",
-            key_bias=key_bias,
-            **masks,
-            return_positives=True,
-            return_best=return_accuracy,
-            **run,
+        dim = "both" if forward and backward else "rows" if forward else "columns"
+        blocks, positive, hits = _sweep(
+            queries, keys, scale, own, return_accuracy, dim=dim, key_bias=key_bias, **masks, **run
         )
-        swept = list(swept)
-        rows = swept.pop(0) if forward else None
-        columns = pick(swept.pop(0), own, m) if backward else None
-        positive = swept.pop(0)
-        if return_accuracy:
-            index = torch.arange(m, device=queries.device)
-            hits += [swept.pop(0) == (index if own is None else own)] if forward else []
-            hits += [pick(swept.pop(0), own, m) == index] if backward else []
+    elif return_accuracy:
+        raise ValueError(f'{op}: return_accuracy needs the direction "query_to_key" or "key_to_query"')
     else:
-        if return_accuracy:
-            raise ValueError(f'{op}: return_accuracy needs the direction "query_to_key" or "key_to_query"')
+        blocks, hits = [], []
         positive = scale * torch.linalg.vecdot(queries, own_keys)
         if key_bias is not None:
             positive = positive + pick(key_bias.to(queries.dtype), own, m)
-
-    blocks = [block for block in (rows, columns) if block is not None]
+    has_positive = len(blocks)
     if "query_to_query" in directions:
-        blocks.append(
-            _same_side(queries, queries, scale, None, query_ids, query_ids, _one_guide(guide, 0, None, m), run)
-        )
+        one_guide = _one_guide(guide, 0, None, m)
+        blocks.append(_same_side(queries, queries, scale, None, query_ids, query_ids, one_guide, run))
     if "key_to_key" in directions:
         one_guide = _one_guide(guide, 1, own, m)
         blocks.append(_same_side(own_keys, keys, scale, own, _ids(key_ids, own, m), key_ids, one_guide, run))
+
     extra = _extra_logits(op, queries, scale, hard_negatives, hard_negatives_mask)
-    queue_lse = None
+    extras = [] if extra is None else [extra]
     if queue is not None:
         check.matrix(op, "queue", queue, queries.shape[1])
         queue = float32(queue).detach()
-        ids = {"query_ids": query_ids, "key_ids": queue_ids, "positives": -1} if queue_ids is not None else {}
-        queue_lse = similarity_lse(queries, queue, scale, **ids, **run)
-
-    extras = [] if extra is None else [extra]
-    extras += [] if queue_lse is None else [queue_lse[:, None]]
-    has_positive = int(forward) + int(backward)
+        ids = {} if queue_ids is None else {"query_ids": query_ids, "key_ids": queue_ids, "positives": -1}
+        extras.append(similarity_lse(queries, queue, scale, **ids, **run)[:, None])
     if joint:
         losses = _joint(blocks, extras, positive, has_positive, count_positive_once) - positive
     else:
         terms = [block if i < has_positive else torch.logaddexp(block, positive) for i, block in enumerate(blocks)]
-        terms = [_with_extras(term, extras) for term in terms]
-        losses = _mean(terms) - positive
+        losses = _mean([_with_extras(term, extras) for term in terms]) - positive
     if label_smoothing:
-        smooth = []
         others = _extra_sum(queries, scale, extra, None if queue is None else (queue, queue_ids, query_ids))
-        if forward:
-            ids = None if query_ids is None else (query_ids, key_ids, _ids(key_ids, own, m))
-            smooth.append(_mean_logit(queries, keys, scale, key_bias, positive, ids, others))
-        if backward:
-            # every logit of the own key's column carries that key's bias
-            bias = positive.new_zeros(m) if key_bias is None else pick(key_bias.to(queries.dtype), own, m)
-            ids = None if query_ids is None else (_ids(key_ids, own, m), query_ids, query_ids)
-            smooth.append(_mean_logit(own_keys, queries, scale, None, positive, ids, others, row_bias=bias))
-        losses = losses + label_smoothing * (positive - _mean(smooth))
+        smooth = _mean_logits(queries, keys, scale, key_bias, positive, own, query_ids, key_ids, others, directions)
+        losses = losses + label_smoothing * (positive - smooth)
     loss = reduce(op, losses, weights, reduction)
     if not return_accuracy:
         return loss
     return loss, torch.stack([hit.float().mean() if m else hit.sum().float() for hit in hits]).mean()
+
+
+def _sweep(queries, keys, scale, own, return_accuracy, *, dim, **settings) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """Log-sum-exps of rows and of own columns as asked for, the positives' logits, and whether each is the largest."""
+    forward, backward = dim != "columns", dim != "rows"
+    swept = similarity_lse(
+        queries, keys, scale, dim=dim, return_positives=True, return_best=return_accuracy, **settings
+    )
+    swept, m, hits = list(swept), queries.shape[0], []
+    blocks = [swept.pop(0)] if forward else []
+    blocks += [pick(swept.pop(0), own, m)] if backward else []
+    positive = swept.pop(0)
+    if return_accuracy:
+        index = torch.arange(m, device=queries.device)
+        hits += [swept.pop(0) == (index if own is None else own)] if forward else []
+        hits += [pick(swept.pop(0), own, m) == index] if backward else []
+    return blocks, positive, hits
 
 
 class InfoNCELoss(ScaledLoss):
@@ -206,9 +193,8 @@ def _same_side(rows, candidates, scale, own, row_ids, candidate_ids, guide, run)
     m, n = rows.shape[0], candidates.shape[0]
     index = torch.arange(n, device=rows.device)
     if row_ids is None:
-        row_ids, candidate_ids = (index if m == n and own is None else pick(index, own, m)), index
-        if m == n and own is None:
-            candidates = rows  # one tensor: the sweep then computes half of the symmetric matrix
+        row_ids, candidate_ids = pick(index, own, m), index
+    # Where both are one tensor, with one tensor of ids, the sweep computes half of the symmetric matrix.
     return similarity_lse(
         rows, candidates, scale, query_ids=row_ids, key_ids=candidate_ids, positives=-1, guide=guide, **run
     )
@@ -274,6 +260,21 @@ def _extra_sum(queries, scale, extra, queue) -> tuple[Tensor, Tensor]:
             same, number = segment_sums(negatives, queue_ids, query_ids)
             total, count = total - scale * torch.linalg.vecdot(queries, same), count - number
     return total, count
+
+
+def _mean_logits(queries, keys, scale, key_bias, positive, own, query_ids, key_ids, others, directions) -> Tensor:
+    """Mean logit over a row's candidates, of "query_to_key" and "key_to_query" averaged as asked for."""
+    m, means = queries.shape[0], []
+    own_ids = _ids(key_ids, own, m)
+    if "query_to_key" in directions:
+        ids = None if query_ids is None else (query_ids, key_ids, own_ids)
+        means.append(_mean_logit(queries, keys, scale, key_bias, positive, ids, others))
+    if "key_to_query" in directions:
+        # every logit of the own key's column carries that key's bias
+        bias = positive.new_zeros(m) if key_bias is None else pick(key_bias.to(queries.dtype), own, m)
+        ids = None if query_ids is None else (own_ids, query_ids, query_ids)
+        means.append(_mean_logit(pick(keys, own, m), queries, scale, None, positive, ids, others, row_bias=bias))
+    return _mean(means)
 
 
 def _mean_logit(rows, candidates, scale, bias, positive, ids, others, row_bias=None) -> Tensor:
