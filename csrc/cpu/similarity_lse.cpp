@@ -181,35 +181,36 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
                                    int64_t end, Softmax rows, Softmax columns, const float* own_gradient,
                                    float factor) {
     const int64_t n = tile.n;
+    std::vector<float> h(columns.gradient ? n : 0), c(h.size());
+    for (size_t j = 0; j < h.size(); ++j) {
+        h[j] = factor * columns.gradient[tile.j0 + j];
+        c[j] = unless_empty(columns.high[tile.j0 + j]);
+    }
+    const float* __restrict c_low = columns.gradient ? columns.low + tile.j0 : nullptr;
     for (int64_t i = begin; i < end; ++i) {
-        float* target = tile.data + i * tile.n;
+        float* __restrict out = tile.data + i * n;
         if (source) {
-            std::copy_n(source + i * n, n, target);
+            std::copy_n(source + i * n, n, out);
         } else {
-            logits_row(logits, tile, i, target);
+            logits_row(logits, tile, i, out);
         }
         const int64_t at = tile.i0 + i;
         const float g = rows.gradient ? factor * rows.gradient[at] : 0.0f;
         const float r = rows.gradient ? unless_empty(rows.high[at]) : 0.0f;
         const float r_low = rows.gradient ? rows.low[at] : 0.0f;
-        const float* __restrict h = columns.gradient ? columns.gradient + tile.j0 : nullptr;
-        const float* __restrict c = columns.gradient ? columns.high + tile.j0 : nullptr;
-        const float* __restrict c_low = columns.gradient ? columns.low + tile.j0 : nullptr;
-        float* __restrict out = target;
         // Differences first against `high`, which is exact near the maximum, then against `low`: at scale 100 the
-        // rounding of the log-sum-exp itself would otherwise cost two digits of the gradient.
+        // rounding of the log-sum-exp itself would otherwise cost two digits of the gradient. No logit is larger than
+        // its log-sum-exp.
         if (rows.gradient && columns.gradient) {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j)
-                out[j] = flush(g * exp_fast((out[j] - r) - r_low) +
-                               factor * h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
+                out[j] = flush(g * exp_small((out[j] - r) - r_low) + h[j] * exp_small((out[j] - c[j]) - c_low[j]));
         } else if (rows.gradient) {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) out[j] = flush(g * exp_fast((out[j] - r) - r_low));
+            for (int64_t j = 0; j < n; ++j) out[j] = flush(g * exp_small((out[j] - r) - r_low));
         } else if (columns.gradient) {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j)
-                out[j] = flush(factor * h[j] * exp_fast((out[j] - unless_empty(c[j])) - c_low[j]));
+            for (int64_t j = 0; j < n; ++j) out[j] = flush(h[j] * exp_small((out[j] - c[j]) - c_low[j]));
         } else {
             std::fill_n(out, n, 0.0f);
         }
