@@ -56,7 +56,7 @@ MEASURED = {
 AGAINST = {
     "NT-Xent, 4,096 rows, D = 128": ("nt_xent 4096 × 128", "lightly.NTXentLoss"),
     "supervised contrast, 4,096 rows, D = 128": ("supcon 4096 × 128", "pytorch_metric_learning.SupConLoss"),
-    "loss stage of cached training, 4,096 × 384": ("cached loss stage 4096 × 384", "sentence-transformers, 32 rows"),
+    "loss stage of cached training, 4,096 × 384": ("cached loss stage 4096 × 384", "sentence-transformers, 512 rows"),
 }
 
 
