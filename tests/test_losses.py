@@ -399,6 +399,12 @@ def test_edges():
             r"positives must lie in \[-1, 11\), got values in \[11, 11\]",
         ),
         (lambda: fc.nt_xent_loss(Q, K, 5.0), ValueError, "view2 must have 7 rows"),
+        (lambda: fc.nt_xent_loss(Q, Q, "5"), TypeError, "nt_xent_loss: scale must be a number"),
+        (
+            lambda: fc.multi_positive_loss(Q, K, 5.0, query_labels=OWN, key_labels=OWN),
+            ValueError,
+            r"multi_positive_loss: key_labels must be \[11\], got \[7\]",
+        ),
         (lambda: fc.multi_positive_loss(Q, K, 5.0), ValueError, "give either"),
         (lambda: fc.multi_positive_loss(Q, K, 5.0, positives=OWN), ValueError, r"positives must be integer \[7, P\]"),
         (lambda: fc.supcon_loss(Q, torch.arange(3), 5.0), ValueError, r"must be \[7\], got \[3\]"),

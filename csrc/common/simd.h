@@ -21,8 +21,8 @@ namespace fastcontrast {
 // exp(x) to 1 ulp or so on [-87.3, 88]; exactly 0 below (so that -inf gives 0), +inf above, NaN for NaN.
 // Written out rather than std::exp: it needs neither -ffast-math nor a vector maths library, and runs at about ten
 // instructions a vector. x = n·ln 2 + f, the polynomial is the Cephes expf one on |f| <= ln 2 / 2.
-// For x known not to lie above 88, `exp_small` saves the last comparison.
-FC_INLINE float exp_small(float x) {
+// For x known not to lie above 88, `exp_up_to_88` saves the last comparison.
+FC_INLINE float exp_up_to_88(float x) {
     constexpr float round_magic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to an integer kept in the low bits
     const float shifted = x * 1.44269504088896341f + round_magic;
     const float n = shifted - round_magic;
@@ -44,7 +44,7 @@ FC_INLINE float exp_small(float x) {
     return x < -87.3f ? 0.0f : y;
 }
 
-FC_INLINE float exp_fast(float x) { return x > 88.0f ? INFINITY : exp_small(x); }
+FC_INLINE float exp_fast(float x) { return x > 88.0f ? INFINITY : exp_up_to_88(x); }
 
 // The offset that makes exp(x - offset) safe when the maximum is infinite: exp(-inf + FLT_MAX) = 0 and
 // exp(+inf - FLT_MAX) = inf, where -inf - -inf and inf - inf would be NaN.

@@ -14,10 +14,10 @@ double loss_sum(const float* own, const float* rows, const float* rows_low, cons
     double sum = 0.0;
     for (int64_t i = 0; i < count; ++i) {
         // The differences first: near a solved row lse and own logit agree in almost all digits.
-        if (rows) sum += (static_cast<double>(rows[i]) - own[i]) + rows_low[i];
+        sum += (static_cast<double>(rows[i]) - own[i]) + rows_low[i];
         if (columns) sum += (static_cast<double>(columns[i]) - own[i]) + columns_low[i];
     }
-    return rows && columns ? sum / 2 : sum;
+    return columns ? sum / 2 : sum;
 }
 
 namespace {

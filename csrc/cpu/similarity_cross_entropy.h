@@ -5,7 +5,7 @@
 
 namespace fastcontrast {
 
-// Σ_i (r_i - own_i) / 2 + (c_i - own_i) / 2 in double, or one direction's where the other is null. lse = high + low.
+// Σ_i (r_i - own_i) / 2 + (c_i - own_i) / 2 in double, or Σ_i r_i - own_i if there are no columns. lse = high + low.
 double loss_sum(const float* own, const float* rows, const float* rows_low, const float* columns,
                 const float* columns_low, int64_t count);
 

@@ -204,13 +204,14 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
         if (rows.gradient && columns.gradient) {
 #pragma omp simd
             for (int64_t j = 0; j < n; ++j)
-                out[j] = flush(g * exp_small((out[j] - r) - r_low) + h[j] * exp_small((out[j] - c[j]) - c_low[j]));
+                out[j] =
+                    flush(g * exp_up_to_88((out[j] - r) - r_low) + h[j] * exp_up_to_88((out[j] - c[j]) - c_low[j]));
         } else if (rows.gradient) {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) out[j] = flush(g * exp_small((out[j] - r) - r_low));
+            for (int64_t j = 0; j < n; ++j) out[j] = flush(g * exp_up_to_88((out[j] - r) - r_low));
         } else if (columns.gradient) {
 #pragma omp simd
-            for (int64_t j = 0; j < n; ++j) out[j] = flush(h[j] * exp_small((out[j] - c[j]) - c_low[j]));
+            for (int64_t j = 0; j < n; ++j) out[j] = flush(h[j] * exp_up_to_88((out[j] - c[j]) - c_low[j]));
         } else {
             std::fill_n(out, n, 0.0f);
         }

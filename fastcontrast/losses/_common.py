@@ -11,15 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcontrast.ops import _check as check
-
-
-def float32(x: Tensor) -> Tensor:
-    """Half-precision features as float32, once.
-
-    The gradient of a loss is a difference, Σ_j softmax_j k_j − k_pos; summed in float32 and rounded once it keeps its
-    digits, where two half-precision terms would have lost them.
-    """
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+from fastcontrast.ops._precision import float32
 
 
 def features(

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from fastcontrast.ops import _check as check
 from fastcontrast.ops import similarity_cross_entropy, similarity_lse
-from fastcontrast.ops._autocast import without_autocast
+from fastcontrast.ops._precision import float32, without_autocast
 from fastcontrast.ops._segments import segment_sums
 
-from ._common import ScaledLoss, features, float32, own_index, pick, reduce
+from ._common import ScaledLoss, features, own_index, pick, reduce
 
 DIRECTIONS = ("query_to_key", "key_to_query", "query_to_query", "key_to_key")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcontrast.ops import _check as check
 from fastcontrast.ops import similarity_cross_entropy, similarity_lse
-from fastcontrast.ops._autocast import without_autocast
+from fastcontrast.ops._precision import without_autocast
 from fastcontrast.ops._segments import against_positives, positive_sums
 
 from ._common import ScaledLoss, features, reduce
@@ -57,6 +57,9 @@ def multi_positive_loss(
     m, n = queries.shape[0], keys.shape[0]
     if (positives is None) == (query_labels is None) or (query_labels is None) != (key_labels is None):
         raise ValueError(f"{op}: give either query_labels and key_labels, or positives")
+    if positives is None:
+        check.vector(op, "query_labels", query_labels, m, queries, floating=False)
+        check.vector(op, "key_labels", key_labels, n, queries, floating=False)
     scale = check.scalar(op, "scale", scale, queries)
     masks = {"query_ids": query_ids, "key_ids": key_ids}
     run = {"key_bias": key_bias, "workspace": workspace, "implementation": implementation}
@@ -68,8 +71,6 @@ def multi_positive_loss(
     lse, best = swept if return_accuracy else (swept, None)
 
     if positives is None:
-        check.vector(op, "query_labels", query_labels, m, queries, floating=False)
-        check.vector(op, "key_labels", key_labels, n, queries, floating=False)
         sums = positive_sums(queries, keys, scale, key_bias, query_labels, key_labels, query_ids, key_ids)
     else:
         sums = _listed_sums(op, queries, keys, scale, key_bias, positives)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcontrast.ops import _check as check
 from fastcontrast.ops import similarity_cross_entropy, similarity_lse
-from fastcontrast.ops._autocast import without_autocast
+from fastcontrast.ops._precision import without_autocast
 
 from ._common import ScaledLoss, features, reduce
 
@@ -44,6 +44,7 @@ def nt_xent_loss(
     if view2.shape[0] != n:
         raise ValueError(f"{op}: view2 must have {n} rows like view1, got {view2.shape[0]}")
     views = torch.cat([view1, view2])
+    scale = check.scalar(op, "scale", scale, views)
     index = torch.arange(2 * n, device=views.device)
     other = torch.cat([index[n:], index[:n]])
     if ids is None:

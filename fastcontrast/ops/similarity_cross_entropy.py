@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._autocast import without_autocast
 from ._dispatch import native, note, select
+from ._precision import float32, without_autocast
 from ._segments import against_positives, positive_sums
 from ._sweep import Masks, address
 from ._workspace import workspace_bytes
@@ -30,9 +30,9 @@ def algebra(queries, keys, scale, both: bool, labels: Labels, **settings) -> Ten
         *lses, own = similarity_lse(queries, keys, scale, **run)
         return ((torch.lerp(*lses, 0.5) if both else lses[0]) - own).mean()
     lse = similarity_lse(queries, keys, scale, **{**settings, "positives": -1})
-    q, k = (x.float() if x.dtype in (torch.bfloat16, torch.float16) else x for x in (queries, keys))
     ids = settings["query_ids"], settings["key_ids"]
-    losses, valid = against_positives(lse, *positive_sums(q, k, scale, settings["key_bias"], *labels, *ids))
+    sums = positive_sums(float32(queries), float32(keys), scale, settings["key_bias"], *labels, *ids)
+    losses, valid = against_positives(lse, *sums)
     return losses.sum() / valid.sum().clamp(min=1)
 
 
@@ -141,6 +141,7 @@ def similarity_cross_entropy(
     Args: as there; `both` needs M = N and the default positives. Every row needs a positive. M must be at least 1.
         query_labels, key_labels: p_i is instead the mean of L_ij over the keys j of row i's label that are not masked;
             rows without one do not count. They go with ids and a bias, not with `both`, positives or a guide.
+        implementation: chosen as for `similarity_lse`, under whose name `trace` lists it.
 
     Returns a 0-dim float32 tensor (float64 for float64 inputs). Raises as `similarity_lse`.
     """

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from . import _check as check
 from . import _sweep
-from ._autocast import without_autocast
 from ._dispatch import choose, refuse_cpu, register
+from ._precision import without_autocast
 from ._sweep import Masks
 from ._workspace import workspace_bytes
 

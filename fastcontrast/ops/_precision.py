@@ -1,3 +1,5 @@
+"""Half precision: where it is rounded, and where it must not be."""
+
 from __future__ import annotations
 
 import functools
@@ -5,8 +7,18 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 F = TypeVar("F", bound=Callable)
+
+
+def float32(x: Tensor) -> Tensor:
+    """Half-precision features as float32, once.
+
+    The gradient of a loss is a difference, Σ_j softmax_j k_j − k_pos; summed in float32 and rounded once it keeps its
+    digits, where two half-precision terms would have lost them.
+    """
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def without_autocast(function: F) -> F:
