@@ -47,24 +47,26 @@ def nt_xent_loss(
     scale = check.scalar(op, "scale", scale, views)
     index = torch.arange(2 * n, device=views.device)
     other = torch.cat([index[n:], index[:n]])
+    # The row itself shares its id and is masked. The other view may share it, and is protected; without ids it cannot,
+    # and saying so keeps the symmetry also where a compiler cannot look at `other`.
+    protected = -1 if ids is None else other
     if ids is None:
         ids = index
     else:
         check.vector(op, "ids", ids, n, view1, floating=False)
         ids = torch.cat([ids, ids])
-    # The row itself shares its id and is masked; the other view may share it, and is protected.
-    masks = {"query_ids": ids, "key_ids": ids, "positives": other}
+    masks = {"query_ids": ids, "key_ids": ids}
     run = {"workspace": workspace, "implementation": implementation}
-    if reduction == "mean" and weights is None and not return_accuracy and n:
-        return similarity_cross_entropy(views, views, scale, **masks, **run)
-    lse, positive, *best = similarity_lse(
-        views, views, scale, **masks, **run, return_positives=True, return_best=return_accuracy
-    )
-    losses = (lse - positive).view(2, n).mean(0)
+    plain = reduction == "mean" and weights is None and not return_accuracy
+    if plain and n and not torch.compiler.is_compiling():
+        return similarity_cross_entropy(views, views, scale, **masks, positives=other, **run)
+    swept = similarity_lse(views, views, scale, **masks, positives=protected, return_best=return_accuracy, **run)
+    lse, best = swept if return_accuracy else (swept, None)
+    losses = lse.view(2, n).mean(0) - scale * torch.linalg.vecdot(view1, view2)
     loss = reduce(op, losses, weights, reduction)
     if not return_accuracy:
         return loss
-    hits = best[0] == other
+    hits = best == other
     return loss, hits.float().mean() if n else hits.sum().float()
 
 
