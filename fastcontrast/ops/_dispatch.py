@@ -7,6 +7,8 @@ cannot serve a device and dtype, or None if it can. `reference` is always last a
 from __future__ import annotations
 
 import contextlib
+import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -23,6 +25,7 @@ except ImportError as error:  # built without a compiler: everything runs on the
 Refusal = Callable[[torch.device, torch.dtype], "str | None"]
 
 _registry: dict[str, dict[str, Refusal]] = {}
+_through: dict[str, str] = {}
 _traces: list[list[Choice]] = []
 
 
@@ -40,8 +43,18 @@ def register(op: str, implementations: dict[str, Refusal]) -> None:
     _registry[op] = {**implementations, "reference": lambda device, dtype: None}
 
 
+def register_through(op: str, other: str) -> None:
+    """`op` is algebra on `other` and runs on its implementations, under whose name `trace` lists what ran."""
+    _registry[op], _through[op] = _registry[other], other
+
+
 def operations() -> list[str]:
     return sorted(_registry)
+
+
+def runs_through(op: str) -> str | None:
+    """The operation on whose implementations `op` runs, if it has none of its own."""
+    return _through.get(op)
 
 
 def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:
@@ -100,3 +113,26 @@ def refuse_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
     return native_missing
+
+
+def refuse_torch(device: torch.device, dtype: torch.dtype) -> str | None:
+    """A schedule of library calls alone runs wherever torch does."""
+    return None
+
+
+def refuse_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Reason why a Triton kernel cannot run, shared by the operations that have one."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != "cuda" and not interpreted:
+        return f"it runs on cuda tensors, these are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"it takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
+    if interpreted:
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no cuda device"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"it needs compute capability 8.0, the device has {'.'.join(map(str, capability))}"
+    return None
