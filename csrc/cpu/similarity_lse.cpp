@@ -13,52 +13,6 @@ namespace {
 // pass and the column pass, and the column state is rescaled once for all of them.
 constexpr int64_t kRows = 16;
 
-constexpr int kLanes = 64;
-
-// Row i's own column within the tile, or -1.
-FC_INLINE int64_t own_column(const Logits& logits, const Tile& tile, int64_t i) {
-    const int64_t own = logits.positives ? logits.positives[tile.i0 + i] - tile.j0 : -1;
-    return own < tile.n ? own : -1;
-}
-
-FC_INLINE void logits_row(const Logits& logits, const Tile& tile, int64_t i, float* __restrict row) {
-    const int64_t n = tile.n;
-    const float scale = logits.scale;
-    if (logits.key_bias) {
-        const float* __restrict bias = logits.key_bias + tile.j0;
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) row[j] = scale * row[j] + bias[j];
-    } else {
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) row[j] = scale * row[j];
-    }
-    if (!logits.query_ids && !tile.guide) return;
-
-    const int64_t own = own_column(logits, tile, i);
-    const float kept = own >= 0 ? row[own] : 0.0f;
-    if (logits.query_ids) {
-        const int64_t id = logits.query_ids[tile.i0 + i];
-        const int64_t* __restrict ids = logits.key_ids + tile.j0;
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) row[j] = ids[j] == id ? -INFINITY : row[j];
-    }
-    if (tile.guide) {
-        const float limit = logits.guide_limit[tile.i0 + i];
-        const float* __restrict guide = tile.guide + i * n;
-#pragma omp simd
-        for (int64_t j = 0; j < n; ++j) row[j] = guide[j] > limit ? -INFINITY : row[j];
-    }
-    if (own >= 0) row[own] = kept;
-}
-
-template <typename Combine>
-FC_INLINE float fold(float* lanes, Combine combine) {
-    for (int half = kLanes / 2; half; half /= 2)
-#pragma omp simd
-        for (int l = 0; l < half; ++l) lanes[l] = combine(lanes[l], lanes[l + half]);
-    return lanes[0];
-}
-
 // NaN entries are passed over here: they reach the result through the sum.
 FC_INLINE float max_row(const float* __restrict row, int64_t n) {
     float lanes[kLanes];

@@ -1,27 +1,12 @@
-// Tile epilogues of similarity_lse. A tile holds rows [i0, i0 + m) by columns [j0, j0 + n) of queries · keysᵀ, as a
-// matrix product left it; every array below is indexed by the whole problem's i or j.
+// Tile epilogues of similarity_lse; every array below is indexed by the whole problem's i or j.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "cpu/tile.h"
+
 namespace fastcontrast {
-
-// L_ij = scale · tile_ij + key_bias_j, and -inf where (i, j) is masked. Null pointers switch a term off.
-struct Logits {
-    float scale;
-    const float* key_bias;     // [N]
-    const int64_t* query_ids;  // [M]  equal ids are masked
-    const int64_t* key_ids;    // [N]
-    const float* guide_limit;  // [M]  guide tile above it is masked
-    const int64_t* positives;  // [M]  row i's own column, never masked; outside [0, N): none
-};
-
-struct Tile {
-    float* data;  // [m, n] contiguous
-    int64_t i0, m, j0, n;
-    const float* guide;  // [m, n], or null
-};
 
 // Running maximum, Σ exp(L - maximum), and the first index of the maximum, of each row (or column).
 struct Online {
