@@ -5,6 +5,7 @@
 #include "common/memory.h"
 #include "cpu/similarity_cross_entropy.h"
 #include "cpu/similarity_lse.h"
+#include "cpu/similarity_softplus.h"
 
 namespace py = pybind11;
 using namespace fastcontrast;
@@ -73,6 +74,21 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("logits"), py::arg("target"), py::arg("source"), py::arg("rows"), py::arg("columns"),
         py::arg("own_gradient") = 0, py::arg("factor") = 1.0f, py::arg("threads") = 1);
+    py::class_<Targets>(m, "Targets")
+        .def(py::init([](Address query_labels, Address key_labels, Address dense, float high, float low) {
+                 return Targets{at<int64_t>(query_labels), at<int64_t>(key_labels), at<float>(dense), high, low};
+             }),
+             py::arg("query_labels"), py::arg("key_labels"), py::arg("dense"), py::arg("high"), py::arg("low"));
+    m.def(
+        "softplus",
+        [](const Logits& logits, const Tile& tile, const Targets& targets, Address sums, Address gradient,
+           Address gradient_sums, float factor, int threads) {
+            py::gil_scoped_release release;
+            softplus(logits, tile, targets, at<float>(sums), at<float>(gradient), at<float>(gradient_sums), factor,
+                     threads);
+        },
+        py::arg("logits"), py::arg("tile"), py::arg("targets"), py::arg("sums"), py::arg("gradient") = 0,
+        py::arg("gradient_sums") = 0, py::arg("factor") = 1.0f, py::arg("threads") = 1);
     m.def(
         "dot",
         [](Address a, Address b, int64_t count) {

@@ -6,11 +6,13 @@ from .losses import (
     InfoNCELoss,
     MultiPositiveLoss,
     NTXentLoss,
+    SigLipLoss,
     SupConLoss,
     clip_loss,
     info_nce,
     multi_positive_loss,
     nt_xent_loss,
+    siglip_loss,
     supcon_loss,
 )
 from .ops import set_workspace
@@ -23,11 +25,13 @@ __all__ = [
     "InfoNCELoss",
     "MultiPositiveLoss",
     "NTXentLoss",
+    "SigLipLoss",
     "SupConLoss",
     "clip_loss",
     "info_nce",
     "multi_positive_loss",
     "nt_xent_loss",
+    "siglip_loss",
     "set_workspace",
     "supcon_loss",
 ]

@@ -126,8 +126,6 @@ FC_VECTOR_CLONES void merge_columns(const Tile& tile, Online into, const ColumnS
     }
 }
 
-FC_INLINE float flush(float x) { return std::fabs(x) < FLT_MIN ? 0.0f : x; }
-
 // A row with nothing left has lse -inf; against FLT_MAX each of its weights is 0, where -inf - -inf would be NaN.
 FC_INLINE float unless_empty(float lse) { return lse < -FLT_MAX ? FLT_MAX : lse; }
 

@@ -36,6 +36,9 @@ FC_INLINE float fold(float* lanes, Combine combine) {
     return lanes[0];
 }
 
+// A product of denormals is a hundred times slower, and they contribute nothing.
+FC_INLINE float flush(float x) { return std::fabs(x) < FLT_MIN ? 0.0f : x; }
+
 // Row i's own column within the tile, or -1.
 FC_INLINE int64_t own_column(const Logits& logits, const Tile& tile, int64_t i) {
     const int64_t own = logits.positives ? logits.positives[tile.i0 + i] - tile.j0 : -1;

@@ -4,16 +4,19 @@ from .clip import ClipLoss, clip_loss
 from .info_nce import InfoNCELoss, info_nce
 from .multi_positive import MultiPositiveLoss, SupConLoss, multi_positive_loss, supcon_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
+from .siglip import SigLipLoss, siglip_loss
 
 __all__ = [
     "ClipLoss",
     "InfoNCELoss",
     "MultiPositiveLoss",
     "NTXentLoss",
+    "SigLipLoss",
     "SupConLoss",
     "clip_loss",
     "info_nce",
     "multi_positive_loss",
     "nt_xent_loss",
+    "siglip_loss",
     "supcon_loss",
 ]

@@ -4,6 +4,7 @@ from ._dispatch import Choice, explain, operations, trace
 from ._workspace import set_workspace
 from .similarity_cross_entropy import similarity_cross_entropy
 from .similarity_lse import similarity_lse
+from .similarity_softplus import similarity_softplus
 
 __all__ = [
     "Choice",
@@ -12,5 +13,6 @@ __all__ = [
     "set_workspace",
     "similarity_cross_entropy",
     "similarity_lse",
+    "similarity_softplus",
     "trace",
 ]

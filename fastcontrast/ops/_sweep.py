@@ -37,6 +37,16 @@ class Masks(NamedTuple):
     guide_limit: Tensor | None = None  # [M] fp32
 
 
+class Targets(NamedTuple):
+    """What a sigmoid loss takes for positive: see `similarity_softplus`."""
+
+    query_labels: Tensor | None = None  # [M] int64
+    key_labels: Tensor | None = None  # [N] int64
+    dense: Tensor | None = None  # [M, N]
+    high: float = 1.0
+    low: float = 0.0
+
+
 class Lse(NamedTuple):
     """One direction's log-sum-exp, `high + low`, and the index of each largest logit."""
 
@@ -153,28 +163,41 @@ def lse(sweep: Sweep, rows: bool, columns: bool, own: Tensor, best: bool, keep: 
     return r, _finish(column_state, sweep.n if columns else 0, best and columns), kept
 
 
-def lse_and_mix(sweep: Sweep, own: Tensor, best: bool) -> tuple[Lse, Tensor]:
-    """Log-sum-exp of the rows and mix_i = Σ_j softmax_j(L_ij) k_j [M, D] in one sweep of two products.
+def lse_and_mix(
+    sweep: Sweep,
+    own: Tensor,  # [M] or empty
+    best: bool,
+    values: Tensor | None = None,  # [N, Dv]; the keys themselves if None
+    keep: int = 0,
+) -> tuple[Lse, Tensor, Tensor, Tensor]:
+    """Log-sum-exp of the rows and mix_i = Σ_j softmax_j(L_ij) v_j [M, Dv] in one sweep of two products.
 
-    For keys that need no gradient this replaces the backward: dq_i = scale · g_i · mix_i, whatever the gradient g.
+    Mixing keys that need no gradient replaces their backward: dq_i = scale · g_i · mix_i, whatever the gradient g.
+    Also the softmax of the first `keep` rows, as exponentials [keep, N] times shares [tiles of columns, keep].
     """
     own_address = own.data_ptr() if own.numel() else 0
     state = native.Running(sweep.m, best)
-    mix = _gradient(sweep.queries, sweep.n)
+    width = (sweep.queries if values is None else values).shape[1]
+    mix = (torch.empty if sweep.n else torch.zeros)(sweep.m, width, dtype=torch.float32)
     rescale = torch.empty(min(sweep.m, ROWS), dtype=torch.float32)
-    for i0, m, j0, n in sweep.tiles(0, rows_outermost=True):
+    kept = buffer(keep * sweep.n).view(keep, sweep.n)
+    shares = torch.ones(-(-sweep.n // sweep.columns) if keep else 0, keep, dtype=torch.float32)
+    for i0, m, j0, n in sweep.tiles(keep, rows_outermost=True):
         k = sweep.keys_block(j0, n)
-        tile = sweep.tile(i0, m, j0, n)
+        tile = sweep.tile(i0, m, j0, n, kept)
         torch.mm(sweep.queries_block(i0, m), k.t(), out=tile)
         native_tile = sweep.native_tile(tile, i0, j0)
         native.lse(sweep.logits, native_tile, state, None, own_address, rescale.data_ptr(), sweep.threads)
         if j0:
             mix[i0 : i0 + m].mul_(rescale[:m, None])
-        _add(mix, i0, tile, k, first=not j0)
+            if i0 < keep:
+                shares[: j0 // sweep.columns, i0 : i0 + m].mul_(rescale[:m])
+        _add(mix, i0, tile, k if values is None else values[j0 : j0 + n].float(), first=not j0)
     total = torch.empty(sweep.m, dtype=torch.float32)
     lse = _finish(state, sweep.m, best, total)
     # A row with nothing left has sum 0 and mix 0.
-    return lse, mix.div_(total.clamp_(min=torch.finfo(torch.float32).tiny)[:, None])
+    total.clamp_(min=torch.finfo(torch.float32).tiny)
+    return lse, mix.div_(total[:, None]), kept, shares.div_(total[:keep])
 
 
 def gradients(
@@ -216,6 +239,38 @@ def gradients(
         if dbias is not None:
             dbias[j0 : j0 + n] += tile.sum(0)
     return dq, dk, dbias
+
+
+def softplus(
+    sweep: Sweep,
+    targets: Targets,
+    gradient: Tensor | None,  # [M]
+    factor: float,
+    needs: tuple[bool, bool],  # G·K [M, D], Gᵀ·Q [N, D]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Row sums of the sigmoid loss [M]; and for row weights `gradient`, from the same products, G·K, Gᵀ·Q and the row
+    sums of G_ij = factor · gradient_i · (σ(L_ij) − y_ij)."""
+    sums = torch.zeros(sweep.m, dtype=torch.float32)
+    gradient_sums = None if gradient is None else torch.zeros_like(sums)
+    dq = _gradient(sweep.queries, sweep.n) if needs[0] else None
+    dk = _gradient(sweep.keys, sweep.m) if needs[1] else None
+    for i0, m, j0, n in sweep.tiles(0):
+        q, k = sweep.queries_block(i0, m), sweep.keys_block(j0, n)
+        tile = sweep.tile(i0, m, j0, n)
+        torch.mm(q, k.t(), out=tile)
+        dense = None
+        if targets.dense is not None:
+            dense = targets.dense[i0 : i0 + m, j0 : j0 + n].float().contiguous()
+        labels = address(targets.query_labels), address(targets.key_labels)
+        native.softplus(
+            sweep.logits, sweep.native_tile(tile, i0, j0), native.Targets(*labels, address(dense), *targets[3:]),
+            address(sums), address(gradient), address(gradient_sums), factor, sweep.threads,
+        )  # fmt: skip
+        if dq is not None:
+            _add(dq, i0, tile, k, first=not j0)
+        if dk is not None:
+            _add(dk, j0, tile.t(), q, first=not i0)
+    return sums, dq, dk, gradient_sums
 
 
 def dot(a: Tensor, b: Tensor) -> float:
