@@ -9,7 +9,8 @@ A file `benchmarks/<op>.py` has `workloads(quick) -> list[Workload]`, and for wh
   that a slow minute of the machine falls on all of them.
 - The floor is the faster of its variants: beating a weak floor says nothing.
 - Memory is the growth of a fresh process's high-water mark during one step, over what is resident when inputs exist
-  and a step of tiny size has run, less the bytes of the step's outputs.
+  and a step of tiny size has run, less the bytes of the step's outputs. On a GPU the allocator says the same of any
+  step, in this process.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ import torch
 
 from fastcontrast.testing import relative_error
 
-from . import _memory
+from . import _cuda, _memory
 
 Step = Callable[[], "tuple[torch.Tensor, ...] | None"]
 OURS = "fastcontrast"  # how the names of our own providers begin
@@ -95,6 +96,18 @@ class Workload:
     reps: int | None = None
     tolerance: float = 1e-5
     alone: bool = False  # too long to repeat: each provider runs once, in the process that measures its memory
+    device: str = "cpu"  # or "cuda"
+
+    def seconds_of(self, step: Step, calls: int = 1) -> float:
+        return _cuda.seconds_of(step, calls) if self.device == "cuda" else seconds_of(step, calls)
+
+    def calls_of(self, step: Step, first: float) -> int:
+        """Calls a repetition. `first`: seconds of the first call, believed if long; on a GPU it compiled kernels."""
+        seconds = first if first > 0.5 and self.device == "cpu" else self.seconds_of(step)
+        return min(1000, max(1, math.ceil(LEAST_SECONDS / max(seconds, 1e-9))))
+
+    def available(self) -> int:
+        return _cuda.available() if self.device == "cuda" else _memory.available()
 
 
 @dataclass
@@ -141,7 +154,9 @@ def seconds_of(step: Step, calls: int = 1) -> float:
     return (time.perf_counter() - start) / calls
 
 
-def interleave(steps: dict[str, Step], calls: dict[str, int], reps: dict[str, int]) -> dict[str, list[float]]:
+def interleave(
+    steps: dict[str, Step], calls: dict[str, int], reps: dict[str, int], clock: Callable = seconds_of
+) -> dict[str, list[float]]:
     """Seconds a call of each step, in rounds over the steps that are still to be repeated, each in a new order."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0).shuffle
@@ -152,21 +167,15 @@ def interleave(steps: dict[str, Step], calls: dict[str, int], reps: dict[str, in
             shuffle(order)
             for name in order:
                 if round < reps[name]:
-                    times[name].append(seconds_of(steps[name], calls[name]))
+                    times[name].append(clock(steps[name], calls[name]))
     finally:
         gc.enable()
     return times
 
 
-def calls_of(step: Step, first: float) -> int:
-    """Calls a repetition. `first`: seconds of the first call, which is believed if it is long."""
-    seconds = first if first > 0.5 else seconds_of(step)
-    return min(1000, max(1, math.ceil(LEAST_SECONDS / max(seconds, 1e-9))))
-
-
 def prepare(workload: Workload, provider: Provider, inputs: Any, row: Row, truth: Callable) -> tuple[Step, int] | None:
     """The step and its calls a repetition, if the provider can run and is right; the row says why if not."""
-    available = _memory.available()
+    available = workload.available()
     if provider.needs > available:
         row.status, row.note = "skipped", f"needs {provider.needs >> 20} MiB, {available >> 20} available"
         return None
@@ -183,7 +192,7 @@ def prepare(workload: Workload, provider: Provider, inputs: Any, row: Row, truth
             if provider.reps == 1:
                 row.timed([seconds])
                 return None
-            return step, calls_of(step, 0.0 if provider.compiles else seconds)
+            return step, workload.calls_of(step, 0.0 if provider.compiles else seconds)
     except ImportError as error:
         row.status, row.note = "missing", str(error)
     except Exception as error:  # a rival that breaks is a result, and must not end the run
@@ -210,7 +219,7 @@ def run(workload: Workload, module: str, quick: bool, reps: int | None) -> list[
         if times.get(name):
             row.timed(times[name])
         provider = workload.providers[name]
-        if workload.alone or (provider.memory and row.status == "ok"):
+        if workload.alone or (provider.memory and row.status == "ok" and workload.device == "cpu"):
             _measure_alone(row, workload, module, quick)
         if row.seconds is not None and floors:
             row.floor = provider.floor or next(iter(floors))
@@ -229,13 +238,18 @@ def _time(workload: Workload, rows: dict[str, Row], most: int) -> dict[str, list
     for group, floor in workload.floors.items():
         for variant, make in floor.variants.items():
             step, name = make(inputs), f"{group}, {variant}"
-            steps[name], calls[name] = step, calls_of(step, seconds_of(step))
+            steps[name], calls[name] = step, workload.calls_of(step, workload.seconds_of(step))
             reps[name] = 2 if workload.alone else most
     for name, provider in workload.providers.items():
         if not workload.alone and (prepared := prepare(workload, provider, inputs, rows[name], truth)):
             steps[name], calls[name] = prepared
             reps[name] = min(most, provider.reps or most)
-    return interleave(steps, calls, reps)
+    times = interleave(steps, calls, reps, workload.seconds_of)
+    if workload.device == "cuda":
+        for name, row in rows.items():
+            if workload.providers[name].memory and name in steps:
+                row.peak_extra_bytes = _cuda.peak_of(steps[name])
+    return times
 
 
 def _measure_alone(row: Row, workload: Workload, module: str, quick: bool) -> None:
@@ -285,6 +299,10 @@ def configure(parser: Any) -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, few repetitions: under a minute")
     parser.add_argument("--output", default="bench-output", metavar="DIR", help="for table, plot, JSON (%(default)s)")
     parser.add_argument("--reps", type=int, metavar="N", help="repetitions (7, fewer where a step takes seconds)")
+    parser.add_argument("--gpu", action="store_true", help="on the CUDA device instead; writes OP.cuda.json")
+    parser.add_argument(
+        "--seconds", type=float, metavar="S", help="begin no workload after so long; name those left out"
+    )
     parser.add_argument("--only", metavar="TEXT", help="only workloads whose name contains this")
     parser.add_argument(
         "--large", action=argparse.BooleanOptionalAction, help="workloads of minutes a step (default unless --quick)"
@@ -293,26 +311,36 @@ def configure(parser: Any) -> None:
 
 def main(args: Any) -> int:
     """Runs the benchmarks; 1 if an implementation of ours is wrong or failed, 0 otherwise, bars missed or not."""
-    from . import _report
-
     known = operations()
     if unknown := sorted(set(args.ops) - set(known)):
         print(f"bench: OP must be among {', '.join(known)}, got {', '.join(unknown)}", file=sys.stderr)
         return 2
-    large = not args.quick if args.large is None else args.large
-    status = 0
-    for op in args.ops or known:
-        name = f"fastcontrast.benchmarks.{op}"
-        module = importlib.import_module(name)
-        rows: list[Row] = []
-        workloads = [w for w in module.workloads(args.quick) if (args.only or "") in w.name and (large or not w.alone)]
-        for workload in _report.progress(workloads, op):
+    if args.gpu and not torch.cuda.is_available():
+        print("bench: --gpu needs a CUDA device, torch sees none", file=sys.stderr)
+        return 2
+    until = math.inf if args.seconds is None else time.monotonic() + args.seconds
+    wrong = [op for op in args.ops or known if not _run_op(op, args, until)]
+    return 1 if wrong else 0
+
+
+def _run_op(op: str, args: Any, until: float) -> bool:
+    """Runs and reports one operation's workloads; whether all of ours was right."""
+    from . import _gpu, _report
+
+    name = f"fastcontrast.benchmarks.{op}"
+    module = importlib.import_module(name)
+    only, large = args.only or "", not args.quick if args.large is None else args.large
+    workloads = _gpu.workloads(op, args.quick) if args.gpu else module.workloads(args.quick)
+    workloads = [w for w in workloads if only in w.name and (large or not w.alone)]
+    rows: list[Row] = []
+    for workload in _report.progress(workloads, op):
+        if time.monotonic() > until:
+            rows.append(Row(op, workload.name, "", "skipped", f"the run's {args.seconds:g} s were over"))
+        else:
             rows += run(workload, name, args.quick, args.reps)
-        for label, measure in getattr(module, "measurements", {}).items():
-            if (args.only or "") in label:
-                rows += measure(args.quick, args.reps)
-        if rows:
-            _report.write(op, rows, args.output, quick=args.quick)
-        if any(row.provider.startswith(OURS) and row.status in ("wrong", "failed") for row in rows):
-            status = 1
-    return status
+    for label, measure in getattr(module, "measurements", {}).items():
+        if only in label and not args.gpu:
+            rows += measure(args.quick, args.reps)
+    if rows:
+        _report.write(f"{op}.cuda" if args.gpu else op, rows, args.output, quick=args.quick)
+    return not any(row.provider.startswith(OURS) and row.status in ("wrong", "failed") for row in rows)

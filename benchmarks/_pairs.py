@@ -10,7 +10,9 @@ from torch.nn import functional as F
 
 from fastcontrast.testing.shapes import Shape
 
-SCALE = 1 / 0.07
+from ._rivals import SCALE
+
+BIAS = -10.0  # of the sigmoid loss
 BASE = 2048  # rows of a batch whose float64 truth is computed densely
 
 
@@ -27,9 +29,10 @@ class Batch(NamedTuple):
     small: tuple[Tensor, Tensor, Tensor]  # queries, keys, ids
     index: Tensor  # [N] into the small batch
     copies: int
+    bias: Tensor
 
 
-def make_batch(shape: Shape) -> Batch:
+def make_batch(shape: Shape, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Batch:
     random = torch.Generator().manual_seed(0)
     base = next(size for size in range(min(shape.n, BASE), 0, -1) if shape.n % size == 0)
     queries = F.normalize(torch.randn(base, shape.d, generator=random), dim=1)
@@ -37,9 +40,10 @@ def make_batch(shape: Shape) -> Batch:
     keys = F.normalize(queries + 2 * F.normalize(torch.randn(base, shape.d, generator=random), dim=1), dim=1)
     ids = torch.randperm(base, generator=random) // 2
     index = torch.randperm(shape.n, generator=random) % base
-    scale = torch.tensor(SCALE, requires_grad=True)
+    queries, keys, ids, index = queries.to(device, dtype), keys.to(device, dtype), ids.to(device), index.to(device)
     q, k = queries[index].requires_grad_(), keys[index].requires_grad_()
-    return Batch(q, k, scale, ids[index], (queries, keys, ids), index, shape.n // base)
+    scale, bias = (torch.tensor(x, device=device, requires_grad=True) for x in (SCALE, BIAS))
+    return Batch(q, k, scale, ids[index], (queries, keys, ids), index, shape.n // base, bias)
 
 
 def make_views(shape: Shape) -> Batch:
@@ -53,17 +57,17 @@ def truth(
     """Loss and gradients in float64: dense over the small batch, entries counted as often as the whole has them."""
     copies = batch.copies
     leaves = [x.double().requires_grad_() for x in batch.small[:2]]
-    s = torch.tensor(at, dtype=torch.float32).double().requires_grad_()
+    s = torch.tensor(at, dtype=torch.float32, device=batch.index.device).double().requires_grad_()
     q, k = (F.normalize(x, dim=1) for x in leaves) if normalise else leaves
     count = len(q)
-    own = torch.eye(count, dtype=torch.float64)
+    own = torch.eye(count, dtype=torch.float64, device=q.device)
     ids = batch.small[2]
     if kind in ("nt_xent", "supcon"):
         rows = candidates = torch.cat([q, k]) if kind == "nt_xent" else q
-        times = copies - torch.eye(len(rows), dtype=torch.float64)
+        times = copies - torch.eye(len(rows), dtype=torch.float64, device=q.device)
     else:
         rows, candidates = q, k
-        times = torch.full((count, count), float(copies), dtype=torch.float64)
+        times = torch.full((count, count), float(copies), dtype=torch.float64, device=q.device)
         if kind == "clip_ids":
             times = torch.where(ids[:, None] == ids, own, times)
     logits = s * rows @ candidates.T
@@ -80,3 +84,14 @@ def truth(
     loss = loss.mean()
     gradients = torch.autograd.grad(loss, wanted)
     return (loss.detach(), *(g[batch.index] / copies if g.ndim else g for g in gradients))
+
+
+def siglip_truth(batch: Batch, *, at: float = SCALE) -> tuple:
+    """The sigmoid loss and its gradients to queries, keys, scale and bias in float64. Of the copies of a row's own key
+    one is its positive, the others negatives: softplus(−L) = softplus(L) − L, so every copy counts and L goes once."""
+    q, k = leaves = [x.double().requires_grad_() for x in batch.small[:2]]
+    leaves += [torch.tensor(x, dtype=torch.float32, device=q.device).double().requires_grad_() for x in (at, BIAS)]
+    logits = leaves[2] * q @ k.T + leaves[3]
+    loss = (batch.copies * F.softplus(logits).sum(1) - logits.diagonal()).mean()
+    gradients = torch.autograd.grad(loss, leaves)
+    return (loss.detach(), *(g[batch.index] / batch.copies if g.ndim else g for g in gradients))

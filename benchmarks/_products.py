@@ -39,26 +39,28 @@ def _into(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         out.addmm_(a, b)
 
 
-def tiled(products: int, batch: Batch, part: int = 1) -> Step:
-    """4: every tile twice, and both gradients; 3: tiles kept; 2: one pass, one gradient. `part`: 1/part of the rows."""
+def tiled(products: int, batch: Batch, part: int = 1, kept: bool = True) -> Step:
+    """4: every tile twice, and both gradients; 3: tiles kept, or unless `kept` each used up at once; 2: one pass, one
+    gradient. `part`: 1/part of the rows."""
     q, k = batch.queries.detach(), batch.keys.detach()
     q = q[: len(q) // part]
     m, n = len(q), len(k)
     dq, dk = torch.empty_like(q), torch.empty_like(k)
-    kept = _buffer(m * n if products == 3 else min(m, ROWS) * min(n, COLUMNS))
+    kept = kept and products == 3
+    buffer = _buffer(m * n if kept else min(m, ROWS) * min(n, COLUMNS))
 
     def tile(i: slice, j: slice) -> Tensor:
         rows, columns = i.stop - i.start, j.stop - j.start
-        start = i.start * n + rows * j.start if products == 3 else 0
-        return kept[start : start + rows * columns].view(rows, columns)
+        start = i.start * n + rows * j.start if kept else 0
+        return buffer[start : start + rows * columns].view(rows, columns)
 
     def step() -> None:
-        if products > 2:
+        if products == 4 or kept:
             for i, j in _tiles(m, n):
                 torch.mm(q[i], k[j].T, out=tile(i, j))
         for i, j in _tiles(m, n, rows_outermost=products == 2):
             t = tile(i, j)
-            if products != 3:
+            if not kept:
                 torch.mm(q[i], k[j].T, out=t)
             _into(dq[i], t, k[j], first=not j.start)
             if products > 2:
@@ -120,8 +122,11 @@ def symmetric_whole(batch: Batch, views: bool = True) -> Step:
     return step
 
 
-def floor(products: int) -> dict[str, Floor]:
-    return {f"{products} products": Floor({"tiled": partial(tiled, products), "whole": partial(whole, products)})}
+def floor(products: int, **options) -> dict[str, Floor]:
+    """`options`: of `tiled`."""
+    return {
+        f"{products} products": Floor({"tiled": partial(tiled, products, **options), "whole": partial(whole, products)})
+    }
 
 
 def symmetric_floor(views: bool = True) -> dict[str, Floor]:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from ._harness import Row, Workload, calls_of, interleave, prepare, seconds_of
+from ._harness import Row, Workload, interleave, prepare
 
 
 def parametrise(metafunc: Any, workloads: Callable[[bool], list[Workload]]) -> None:
@@ -42,7 +42,7 @@ def measure(benchmark: Any, case: tuple[Workload, str]) -> None:
     floor = workload.floors.get(provider.floor or next(iter(workload.floors), ""))
     if floor is not None and not benchmark.disabled:
         steps = {variant: make(inputs) for variant, make in floor.variants.items()}
-        calls = {variant: calls_of(step, seconds_of(step)) for variant, step in steps.items()}
-        times = interleave(steps, calls, dict.fromkeys(steps, 3))
+        calls = {variant: workload.calls_of(step, workload.seconds_of(step)) for variant, step in steps.items()}
+        times = interleave(steps, calls, dict.fromkeys(steps, 3), workload.seconds_of)
         seconds = min(statistics.median(each) for each in times.values()) * floor.times
         benchmark.extra_info.update(floor_seconds=seconds, ratio=benchmark.stats.stats.median / seconds)

@@ -17,6 +17,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+SCALE = 1 / 0.07  # of the benchmark's batches
 Loss = Callable[[Tensor, Tensor, "Tensor | float"], Tensor]
 
 
@@ -74,6 +75,10 @@ def open_clip() -> Loss:
     return _open_clip_loss().ClipLoss()
 
 
+def open_clip_siglip() -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    return _open_clip_loss().SigLipLoss()
+
+
 def lightly_nt_xent(scale: float) -> Loss:
     loss = need("lightly.loss.ntx_ent_loss", "lightly").NTXentLoss(temperature=1 / scale)
     return lambda view1, view2, _: loss(view1, view2)
@@ -100,3 +105,43 @@ def sentence_transformers_cached(scale: float, mini_batch: int) -> Callable[[lis
     model = nn.Sequential(nn.Identity())  # asked only for the kind of its first module
     loss = losses.CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=mini_batch)
     return lambda reps: loss.calculate_loss(reps, with_backward=True)
+
+
+# Rivals on a GPU: `loss(queries, keys, scale, bias)`. Temperatures that they take as numbers are the benchmark's.
+
+
+def memeff_clip() -> Callable[..., Tensor]:
+    loss = need("memeff", "memeff").MemoryEfficientCLIPLoss(temperature=1 / SCALE, normalized_inputs=True, stable=False)
+    return lambda queries, keys, scale, bias: loss(queries, keys)
+
+
+def inf_cl() -> Callable[..., Tensor]:
+    """Both directions, as its README adds them; its width must be a multiple of 256."""
+    loss = need("inf_cl", "inf-cl").cal_inf_loss
+
+    def call(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        return (loss(SCALE * queries, keys) + loss(SCALE * keys, queries)) / 2
+
+    return call
+
+
+def cut_cross_entropy_clip() -> Callable[..., Tensor]:
+    loss = need("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+
+    def call(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+        target = torch.arange(len(queries), device=queries.device)
+        return (loss(SCALE * queries, keys, target) + loss(SCALE * keys, queries, target)) / 2
+
+    return call
+
+
+def siglip_kernel() -> Callable[..., Tensor]:
+    loss = need("siglip_kernel", "siglip-kernel").fused_siglip_loss
+    return lambda queries, keys, scale, bias: loss(queries, keys, scale.log(), bias)
+
+
+def compiled(loss: Callable) -> Callable:
+    """Plain torch under its own compiler."""
+    torch._dynamo.reset()
+    torch._inductor.config.compile_threads = 1  # no pool of processes that would outlive the compilation
+    return torch.compile(loss, dynamic=False)

@@ -86,12 +86,6 @@ def dense_supcon(embeddings: Tensor, labels: Tensor, scale: float) -> Tensor:
     return -(log_p.masked_fill(~positive, 0.0).sum(1)[valid] / positive.sum(1)[valid]).mean()
 
 
-def compiled(loss: Callable) -> Callable:
-    torch._dynamo.reset()
-    torch._inductor.config.compile_threads = 1  # no pool of processes that would outlive the compilation
-    return torch.compile(loss, dynamic=False)
-
-
 def with_ids(batch: Batch) -> Step:
     return provider(lambda: partial(clip_loss, ids=batch.ids), *ALL).make(batch)
 
@@ -154,7 +148,7 @@ def clip(name: str, *, bars: tuple[Bar, ...] = (), kept: bool = False, compile: 
     providers["open_clip.ClipLoss"] = rival(rivals.open_clip, *ALL)
     providers["dense torch"] = rival(lambda: dense_clip, *ALL)
     if compile:
-        providers["dense torch, compiled"] = rival(lambda: compiled(dense_clip), *ALL, compiles=True)
+        providers["dense torch, compiled"] = rival(lambda: rivals.compiled(dense_clip), *ALL, compiles=True)
     floors = floor(products(shape)) | (floor(3) if kept else {})
     return Workload(
         f"clip {shape.n}", shape, TINY, make_batch, partial(truth, "clip"), providers, floors, bars, **options
@@ -169,7 +163,7 @@ def small_batch(name: str, compile: bool = True) -> Workload:
         "dense torch": provider(lambda: dense_clip, *ALL),
     }
     if compile:
-        providers["dense torch, compiled"] = provider(lambda: compiled(dense_clip), *ALL, compiles=True)
+        providers["dense torch, compiled"] = provider(lambda: rivals.compiled(dense_clip), *ALL, compiles=True)
     label = f"clip, small {shape.n}"
     return Workload(label, shape, TINY, make_batch, partial(truth, "clip"), providers, floor(3), NEVER_SLOWER, reps=15)
 

@@ -31,7 +31,7 @@ __all__ = [
     "info_nce",
     "multi_positive_loss",
     "nt_xent_loss",
-    "siglip_loss",
     "set_workspace",
+    "siglip_loss",
     "supcon_loss",
 ]

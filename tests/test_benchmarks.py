@@ -150,8 +150,9 @@ def test_rounds_are_interleaved_and_shuffled():
     rounds = [calls[:3], calls[3:6], calls[6:8], calls[8:10]]
     assert [sorted(r) for r in rounds] == [["a", "b", "c"]] * 2 + [["a", "b"]] * 2
     assert harness.seconds_of(lambda: time.sleep(0.001), 3) < 0.1
-    assert harness.calls_of(lambda: time.sleep(harness.LEAST_SECONDS), 0.0) == 1
-    assert harness.calls_of(lambda: None, 0.0) == 1000 and harness.calls_of(lambda: None, first=1.0) == 1
+    workload = harness.Workload("none", None, None, None, None, {}, {})
+    assert workload.calls_of(lambda: time.sleep(harness.LEAST_SECONDS), 0.0) == 1
+    assert workload.calls_of(lambda: None, 0.0) == 1000 and workload.calls_of(lambda: None, first=1.0) == 1
 
 
 @pytest.mark.parametrize("shape", [TINY, Shape("copies", 256, 256, 8)], ids=lambda shape: shape.name)

@@ -11,19 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from fastcontrast.ops import _check as check
-from fastcontrast.ops._precision import float32
+from fastcontrast.ops._precision import float32, for_products
 
 
 def features(
     op: str, queries: Tensor, keys: Tensor, names: tuple[str, str] = ("queries", "keys")
 ) -> tuple[Tensor, Tensor]:
-    """Checked, under the names that the caller knows, and in float32 (float64 stays); `keys is queries` survives."""
+    """Checked, under the names that the caller knows, and as products take them best: on a CPU half precision becomes
+    float32, on a GPU it stays, and what is not a product must call `float32`. `keys is queries` survives."""
     check.matrix(op, names[0], queries)
     if keys is queries:
-        queries = float32(queries)
+        queries = for_products(queries)
         return queries, queries
     check.matrix(op, names[1], keys, queries.shape[1], like=names[0])
-    queries, keys = float32(queries), float32(keys)
+    convert = for_products if queries.dtype == keys.dtype else float32  # two precisions: the wider one
+    queries, keys = convert(queries), convert(keys)
     check.same_kind(op, names[1], keys, queries, like_name=names[0])
     return queries, keys
 

@@ -104,9 +104,9 @@ def info_nce(
         raise ValueError(f'{op}: return_accuracy needs the direction "query_to_key" or "key_to_query"')
     else:
         blocks, hits = [], []
-        positive = scale * torch.linalg.vecdot(queries, own_keys)
+        positive = scale * torch.linalg.vecdot(float32(queries), float32(own_keys))
         if key_bias is not None:
-            positive = positive + pick(key_bias.to(queries.dtype), own, m)
+            positive = positive + pick(key_bias.to(positive.dtype), own, m)
     has_positive = len(blocks)
     if "query_to_query" in directions:
         one_guide = _one_guide(guide, 0, None, m)
@@ -119,7 +119,7 @@ def info_nce(
     extras = [] if extra is None else [extra]
     if queue is not None:
         check.matrix(op, "queue", queue, queries.shape[1])
-        queue = float32(queue).detach()
+        queue = _like(queue, queries).detach()
         ids = {} if queue_ids is None else {"query_ids": query_ids, "key_ids": queue_ids, "positives": -1}
         extras.append(similarity_lse(queries, queue, scale, **ids, **run)[:, None])
     if joint:
@@ -177,6 +177,12 @@ def _check_directions(op: str, directions: Sequence[str], joint: bool, label_smo
         )
 
 
+def _like(x: Tensor, queries: Tensor) -> Tensor:
+    """Candidates that may come in another precision than the queries, in theirs if either is half."""
+    half = (torch.bfloat16, torch.float16)
+    return x.to(queries.dtype) if x.dtype in half or queries.dtype in half else x
+
+
 def _ids(ids: Tensor | None, own: Tensor | None, m: int) -> Tensor | None:
     return None if ids is None else pick(ids, own, m)
 
@@ -213,7 +219,7 @@ def _extra_logits(
     check.same_kind(op, "hard_negatives", negatives, queries, dtype=False)
     if negatives.ndim != 3 or negatives.shape[0] != m or negatives.shape[2] != d:
         raise ValueError(f"{op}: hard_negatives must be [{m}, K, {d}], got {list(negatives.shape)}")
-    logits = scale * torch.einsum("md,mkd->mk", queries, float32(negatives))
+    logits = scale * torch.einsum("md,mkd->mk", float32(queries), float32(negatives))
     if mask is None:
         return logits
     if mask.shape != logits.shape or mask.dtype != torch.bool:
@@ -249,12 +255,13 @@ def _joint(blocks, extras, positive, has_positive: int, count_positive_once: boo
 
 def _extra_sum(queries, scale, extra, queue) -> tuple[Tensor, Tensor]:
     """Sum and number of each row's logits to its hard negatives and the queue."""
+    queries = float32(queries)
     total, count = queries.new_zeros(queries.shape[0]), queries.new_zeros(queries.shape[0])
     if extra is not None:
         used = ~torch.isneginf(extra)
         total, count = total + extra.masked_fill(~used, 0.0).sum(1), count + used.sum(1)
     if queue is not None:
-        negatives, queue_ids, query_ids = queue
+        negatives, queue_ids, query_ids = float32(queue[0]), *queue[1:]
         total, count = total + scale * (queries @ negatives.sum(0)), count + negatives.shape[0]
         if queue_ids is not None:
             same, number = segment_sums(negatives, queue_ids, query_ids)
@@ -271,7 +278,7 @@ def _mean_logits(queries, keys, scale, key_bias, positive, own, query_ids, key_i
         means.append(_mean_logit(queries, keys, scale, key_bias, positive, ids, others))
     if "key_to_query" in directions:
         # every logit of the own key's column carries that key's bias
-        bias = positive.new_zeros(m) if key_bias is None else pick(key_bias.to(queries.dtype), own, m)
+        bias = positive.new_zeros(m) if key_bias is None else pick(key_bias.to(positive.dtype), own, m)
         ids = None if query_ids is None else (own_ids, query_ids, query_ids)
         means.append(_mean_logit(pick(keys, own, m), queries, scale, None, positive, ids, others, row_bias=bias))
     return _mean(means)
@@ -283,7 +290,7 @@ def _mean_logit(rows, candidates, scale, bias, positive, ids, others, row_bias=N
     `ids`: of the rows, of the candidates, and of each row's own candidate, or None. `others`: sum and number of logits
     to candidates of other kinds.
     """
-    number = candidates.shape[0]
+    rows, candidates, number = float32(rows), float32(candidates), candidates.shape[0]
     total = scale * (rows @ candidates.sum(0))
     if bias is not None:
         total = total + bias.to(rows.dtype).sum()

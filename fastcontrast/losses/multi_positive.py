@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastcontrast.ops import _check as check
 from fastcontrast.ops import similarity_cross_entropy, similarity_lse
-from fastcontrast.ops._precision import without_autocast
+from fastcontrast.ops._precision import float32, without_autocast
 from fastcontrast.ops._segments import against_positives, positive_sums
 
 from ._common import ScaledLoss, features, reduce
@@ -70,10 +70,11 @@ def multi_positive_loss(
     swept = similarity_lse(queries, keys, scale, **masks, positives=-1, return_best=return_accuracy, **run)
     lse, best = swept if return_accuracy else (swept, None)
 
+    problem = float32(queries), float32(keys), scale, key_bias
     if positives is None:
-        sums = positive_sums(queries, keys, scale, key_bias, query_labels, key_labels, query_ids, key_ids)
+        sums = positive_sums(*problem, query_labels, key_labels, query_ids, key_ids)
     else:
-        sums = _listed_sums(op, queries, keys, scale, key_bias, positives)
+        sums = _listed_sums(op, *problem, positives)
     losses, valid = against_positives(lse, *sums)
     loss = reduce(op, losses, weights, reduction, m if count_empty else valid.sum())
     if not return_accuracy:

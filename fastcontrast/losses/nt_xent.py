@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcontrast.ops import _check as check
 from fastcontrast.ops import similarity_cross_entropy, similarity_lse
-from fastcontrast.ops._precision import without_autocast
+from fastcontrast.ops._precision import float32, without_autocast
 
 from ._common import ScaledLoss, features, reduce
 
@@ -62,7 +62,7 @@ def nt_xent_loss(
         return similarity_cross_entropy(views, views, scale, **masks, positives=other, **run)
     swept = similarity_lse(views, views, scale, **masks, positives=protected, return_best=return_accuracy, **run)
     lse, best = swept if return_accuracy else (swept, None)
-    losses = lse.view(2, n).mean(0) - scale * torch.linalg.vecdot(view1, view2)
+    losses = lse.view(2, n).mean(0) - scale * torch.linalg.vecdot(float32(view1), float32(view2))
     loss = reduce(op, losses, weights, reduction)
     if not return_accuracy:
         return loss
