@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE = 1
 
 SOURCES = setup.py pyproject.toml constraints.txt requirements-data.txt $(shell find csrc -type f)
 
-.PHONY: demo test dev lint bench sanitize build clean
+.PHONY: demo test dev lint bench sanitize gpu build clean
 
 demo: $(VENV)/installed            ## train a CLIP on real data, in minutes
 	$(BIN)/fastcontrast demo $(ARGS)
@@ -35,12 +35,15 @@ sanitize: $(VENV)/installed        ## the C++ core under ASan and UBSan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/sanitize.py build/sanitize
 
+gpu:                               ## on a CUDA machine with torch and Triton: build, GPU tests, memory checker, benchmarks
+	$(PYTHON) tests/gpu.py
+
 build: $(VENV)/installed           ## wheel and source archive in dist/
 	$(BIN)/pip install -q build
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastcontrast/_C*.so demo-output bench-output
+	rm -rf $(VENV) build dist *.egg-info fastcontrast/_C*.so demo-output bench-output gpu-output
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)

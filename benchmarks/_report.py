@@ -20,7 +20,10 @@ import fastcontrast
 
 from ._harness import OURS, Row
 
-RIVALS = ("open_clip_torch", "sentence-transformers", "pytorch-metric-learning", "lightly", "torchvision")
+RIVALS = (
+    "open_clip_torch", "sentence-transformers", "pytorch-metric-learning", "lightly", "torchvision",
+    "memeff", "siglip-kernel", "inf-cl", "cut-cross-entropy", "liger-kernel",
+)  # fmt: skip
 
 
 def progress(items: Sequence[Any], label: str) -> Iterator[Any]:
@@ -55,6 +58,7 @@ def machine() -> dict[str, Any]:
         "ram_bytes": ram,
         "os": platform.platform(),
         "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
@@ -70,6 +74,8 @@ def versions() -> dict[str, str | None]:
         "torch": torch.__version__,
         "fastcontrast": fastcontrast.__version__,
         "compiler": _compiler(),
+        "triton": installed("triton"),
+        "cuda": torch.version.cuda,
         **{package: installed(package) for package in RIVALS},
     }
 
@@ -85,10 +91,12 @@ def _compiler() -> str | None:
 
 
 def commit() -> dict[str, Any] | None:
-    """Hash and whether tracked files differ from it, when the package runs from a git checkout."""
-    root = Path(fastcontrast.__file__).parents[1]
-    if not (root / ".git").exists():
-        return None
+    """Hash and whether tracked files differ from it, when the package runs from a git checkout or a build inside one;
+    where there is no repository, what FASTCONTRAST_COMMIT says."""
+    root = next((path for path in Path(fastcontrast.__file__).parents if (path / ".git").exists()), None)
+    if root is None:
+        told = os.environ.get("FASTCONTRAST_COMMIT")
+        return {"commit": told, "dirty": None} if told else None
 
     def git(*arguments: str) -> str:
         command = ["git", "--no-optional-locks", "-C", str(root), *arguments]
@@ -188,9 +196,17 @@ def plot(op: str, rows: Sequence[Row], path: Path) -> str | None:
             memory.annotate(f" {size:.0f}", (size, position), va="center", fontsize=8)
     memory.set(xlabel="peak extra memory, MiB")
     time.set_xlim(min([*ratios, 0.5]), 2.5 * max([*ratios, 1.0]))
-    figure.suptitle(f"{op}: {machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    figure.suptitle(f"{op}: {_where(op)}, torch {torch.__version__}")
     figure.savefig(path, dpi=120)
     return None
+
+
+def _where(op: str) -> str:
+    """The device that the rows hold for."""
+    host = machine()
+    if op.endswith(".cuda"):
+        return f"{host['gpu']}, CUDA {torch.version.cuda}, Triton {versions()['triton']}"
+    return f"{host['cpu']} ({host['vectors']}), {host['cores']} cores, {host['threads']} threads"
 
 
 def write(op: str, rows: Sequence[Row], directory: str, *, quick: bool) -> None:
@@ -207,9 +223,7 @@ def write(op: str, rows: Sequence[Row], directory: str, *, quick: bool) -> None:
         "rows": [dataclasses.asdict(row) for row in rows],
     }
     text = table(rows)
-    host, known = record["machine"], record["versions"]
-    cores = f"{host['cores']} cores, {host['threads']} threads"
-    head = f"{host['cpu']} ({host['vectors']}), {cores}; torch {known['torch']}"
+    head = f"{_where(op)}; torch {torch.__version__}"
     bars = [bar for row in rows for bar in row.bars]
     count = {met: sum(bar["met"] is met for bar in bars) for met in (True, False, None)}
     foot = f"bars: {count[True]} met, {count[False]} MISSED, {count[None]} not judged"

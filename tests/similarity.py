@@ -63,7 +63,7 @@ def evaluate(
     for i, output in enumerate(outputs):
         weight = upstream(i, output.shape)
         if weight is not None:
-            loss = loss + (torch.where(output.isneginf(), 0.0, output) * weight).sum()
+            loss = loss + (torch.where(output.isneginf(), 0.0, output) * weight.to(output.device)).sum()
     wanted = [name for name in leaves if name in needs]
     for name, gradient in zip(wanted, torch.autograd.grad(loss, [leaves[n] for n in wanted]), strict=True):
         results[f"d{name}"] = gradient

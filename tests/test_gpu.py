@@ -1,0 +1,320 @@
+"""What only a CUDA device can show: `pytest -m gpu`, or `make gpu` on a machine with torch, Triton and this checkout.
+
+The same kernels run everywhere else in Triton's interpreter (test_kernels_*.py); the interpreter hides layouts, races,
+shared memory, precision of tensor cores, and everything below about the stream.
+"""
+
+import pytest
+import torch
+from similarity import assert_accurate, assert_same, biased, embeddings, evaluate, generator, unit
+from torch.nn import functional as F
+
+import fastcontrast
+from fastcontrast import ops
+from fastcontrast.testing import relative_error
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SHAPES = ((1, 1), (1, 300), (300, 1), (0, 7), (7, 0), (61, 97), (257, 129), (1000, 1500))
+WIDTHS = (1, 15, 64, 100, 384, 640, 1152, 4096)
+
+
+def to_device(x):
+    if isinstance(x, torch.Tensor):
+        return x.cuda()
+    return tuple(map(to_device, x)) if isinstance(x, tuple) else x
+
+
+def on_device(given: dict) -> dict:
+    return {name: to_device(x) for name, x in given.items()}
+
+
+def options_of(m: int, n: int, name: str) -> dict:
+    ids = {"query_ids": torch.arange(m) % 11, "key_ids": torch.arange(n) % 13}
+    limit = torch.linspace(-0.5, 0.9, max(m, 1))[:m]
+    return {
+        "plain": {},
+        "ids": ids,
+        "guide": {"guide": (unit(m, 24, 7), unit(n, 24, 8), limit)},
+        "own": {"return_positives": True},
+        "best": {"return_best": True, **ids},
+    }[name]
+
+
+# ------------------------------------------------------------------------------------------------------ float64 truth
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dim", ["rows", "both"])
+def test_small_lse(shape, dim, dtype):
+    assert_accurate(on_device(biased(*shape, 64, dtype)), {"dim": dim}, implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths(width, dtype):
+    inputs = on_device(biased(257, 130, width, dtype))
+    assert_accurate(inputs, {"dim": "both"}, implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("option", ["plain", "ids", "guide", "own", "best"])
+@pytest.mark.parametrize("dim", ["rows", "columns", "both"])
+def test_small_masks(option, dim, dtype):
+    inputs, options = on_device(biased(257, 130, 64, dtype)), on_device(options_of(257, 130, option))
+    assert_accurate(inputs, {**options, "dim": dim}, implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [1.0, 50.0, 100.0])
+@pytest.mark.parametrize("kind", ["near", "collapsed", "orthogonal"])
+def test_ends_of_the_range(kind, scale, dtype):
+    inputs = embeddings(300, 300, 128)
+    if kind == "collapsed":
+        inputs["queries"] = inputs["queries"][:1].expand(300, -1).clone()
+        inputs["keys"] = inputs["queries"].clone()
+    elif kind == "orthogonal":
+        inputs["queries"], inputs["keys"] = torch.eye(300, 128), torch.eye(300, 128).flip(0)
+    inputs = {"queries": inputs["queries"].to(dtype), "keys": inputs["keys"].to(dtype), "scale": torch.tensor(scale)}
+    assert_accurate(on_device(inputs), {"dim": "both"}, implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("needs", [("queries", "scale"), ("keys",), ("queries", "keys", "scale")], ids=str)
+def test_frozen_sides(needs, dtype):
+    inputs = on_device(embeddings(600, 900, 128, dtype))
+    assert_accurate(inputs, {"return_positives": True}, needs=needs, implementation="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("kind", ["own", "labels", "soft"])
+def test_small_softplus(kind, reduction, dtype):
+    m, n = 257, 130
+    options = {
+        "own": {},
+        "labels": {"query_labels": torch.arange(m) % 5, "key_labels": torch.arange(n) % 7},
+        "soft": {"targets": torch.rand(m, n, generator=generator(4))},
+    }[kind]
+    inputs = {**embeddings(m, n, 64, dtype), "bias": torch.tensor(-10.0)}
+    assert_accurate(
+        on_device(inputs), {**on_device(options), "reduction": reduction}, implementation="triton",
+        needs=("queries", "keys", "scale", "bias"), call=ops.similarity_softplus,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_mix(dtype):
+    inputs = {**embeddings(257, 130, 64, dtype), "values": unit(130, 48, 9).to(dtype)}
+    assert_accurate(
+        on_device(inputs), {}, implementation="triton", needs=("queries", "keys", "values", "scale"),
+        call=ops.similarity_mix,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_small_topk(largest):
+    q, k = unit(130, 64, 1).cuda(), unit(700, 64, 2).cuda()
+    values, indices = ops.similarity_topk(q, k, 10, largest=largest)
+    expected = (q.double() @ k.double().t()).topk(10, largest=largest)
+    assert relative_error(values, expected.values) < 1e-5
+    assert (indices == expected.indices).float().mean() > 0.999
+
+
+def assert_gradients(ours, truth, inputs, limit: float) -> None:
+    pairs = zip(torch.autograd.grad(ours, inputs), torch.autograd.grad(truth, inputs), strict=True)
+    assert all(relative_error(a, b) < limit for a, b in pairs)
+
+
+def language(tokens: int, vocabulary: int, width: int, dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    hidden = (2 * unit(tokens, width, 1)).to("cuda", dtype).requires_grad_()
+    weight = (2 * unit(vocabulary, width, 2)).to("cuda", dtype).requires_grad_()
+    targets = torch.randint(0, vocabulary, (tokens,), generator=generator(3))
+    targets[::7] = -100
+    return hidden, weight, targets.cuda()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_linear_cross_entropy(dtype):
+    hidden, weight, targets = language(300, 1000, 64, dtype)
+    ours = ops.linear_cross_entropy(hidden, weight, targets)
+    dense = F.cross_entropy(hidden.double() @ weight.double().t(), targets)
+    assert relative_error(ours, dense) < (1e-5 if dtype == torch.float32 else 1e-4)
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert_gradients(ours, dense, (hidden, weight), limit)
+
+
+@pytest.mark.parametrize("direction", ["forward", "reverse", "symmetric"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_linear_kl(direction, dtype):
+    hidden, weight, _ = language(130, 700, 64, dtype)
+    teacher_hidden, teacher_weight = (x.detach().flip(0) for x in (hidden, weight))
+
+    def kl(implementation, *inputs):
+        return ops.linear_kl(*inputs, direction=direction, temperature=0.5, implementation=implementation)
+
+    ours = kl("triton", hidden, weight, teacher_hidden, teacher_weight)
+    truth = kl("reference", *(x.double() for x in (hidden, weight, teacher_hidden, teacher_weight)))
+    limit = 1e-5 if dtype == torch.float32 else 1e-2
+    assert relative_error(ours, truth) < limit
+    assert_gradients(ours, truth, (hidden, weight), limit)
+
+
+# ---------------------------------------------------------------------------------------------------------------- size
+
+
+def test_large_batch():
+    """N = 65,536: 2³² pairs. Shuffled copies of 2,048 rows, whose truth is that of the small batch: `times` of each key
+    add log(times) to every log-sum-exp."""
+    n, base, d = 65536, 2048, 128
+    q, k = unit(base, d, 1).bfloat16().cuda(), unit(base, d, 2).bfloat16().cuda()
+    index = torch.randperm(n, generator=generator(3)).cuda() % base
+    large_q, large_k = (x[index].requires_grad_() for x in (q, k))
+    r, c = ops.similarity_lse(large_q, large_k, 20.0, dim="both")
+    logits = 20.0 * q.double() @ k.double().t()
+    shift = torch.tensor(n / base, dtype=torch.float64).log()
+    rows, columns = logits.logsumexp(1) + shift, logits.logsumexp(0) + shift
+    assert relative_error(r, rows[index]) < 1e-6
+    assert relative_error(c, columns[index]) < 1e-6
+    dq, dk = torch.autograd.grad((r.sum() + c.sum()) / n, (large_q, large_k))
+    weights = (logits - rows[:, None]).exp() + (logits - columns).exp()
+    copies = n / base
+    truth_q, truth_k = (20.0 * copies * w @ x.double() / n for w, x in ((weights, k), (weights.t(), q)))
+    assert relative_error(dq, truth_q[index]) < 1e-2
+    assert relative_error(dk, truth_k[index]) < 1e-2
+
+
+def test_offsets_beyond_32_bits():
+    """Keys of 2³¹ and more elements, and rows that lie more than 2³¹ elements apart."""
+    width, rows = 64, (1 << 31) // 64 + 1000
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of device memory")
+    keys = torch.zeros(rows, width, dtype=torch.bfloat16, device="cuda")
+    keys[-1, 0] = 1.0
+    queries = torch.zeros(3, width, dtype=torch.bfloat16, device="cuda")
+    queries[:, 0] = 1.0
+    r, best = ops.similarity_lse(queries, keys, 30.0, return_best=True, implementation="triton")
+    expected = torch.tensor(30.0, dtype=torch.float64).exp().add(rows - 1).log()
+    assert relative_error(r, expected.expand(3).cuda()) < 1e-6
+    assert best.tolist() == [rows - 1] * 3
+    apart = keys.view(-1)[: 2 * (rows // 2 - 1) * width].view(2, -1)[:, :width]
+    assert torch.equal(ops.similarity_lse(apart, queries, 1.0), ops.similarity_lse(apart.contiguous(), queries, 1.0))
+
+
+# ------------------------------------------------------------------------------------------------ streams and compilers
+
+LOSSES = {
+    "clip": lambda q, k: fastcontrast.clip_loss(q, k, 20.0),
+    "info_nce": lambda q, k: fastcontrast.info_nce(q, k, 20.0),
+    "nt_xent": lambda q, k: fastcontrast.nt_xent_loss(q, k, 20.0),
+    "supcon": lambda q, k: fastcontrast.supcon_loss(q, torch.arange(len(q), device=q.device) // 2, 20.0),
+    "siglip": lambda q, k: fastcontrast.siglip_loss(q, k),
+}
+
+
+def pair(n: int = 384, d: int = 128, dtype=torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(unit(n, d, seed).to("cuda", dtype).requires_grad_() for seed in (1, 2))
+
+
+def value_and_gradients(loss, q, k) -> list[torch.Tensor]:
+    value = loss(q, k)
+    wanted = torch.autograd.grad(value, (q, k), allow_unused=True)
+    return [value.detach(), *(g for g in wanted if g is not None)]
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_small_losses_run_on_triton_without_synchronising(loss):
+    q, k = pair()
+    value_and_gradients(loss, q, k)  # compiles kernels, which may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with ops.trace() as ran:
+            value_and_gradients(loss, q, k)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert {choice.implementation for choice in ran} == {"triton"}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_losses_are_the_dense_ones(loss):
+    q, k = pair()
+    actual = value_and_gradients(loss, q, k)
+    doubles = [x.detach().double().requires_grad_() for x in (q, k)]
+    truth = value_and_gradients(loss, *doubles)  # float64 takes the dense reference
+    for a, b in zip(actual, truth, strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_cuda_graphs_replay_on_new_inputs(loss):
+    q, k = pair()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            value_and_gradients(loss, q, k)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = value_and_gradients(loss, q, k)
+    with torch.no_grad():
+        q.copy_(unit(384, 128, 11))
+        k.copy_(unit(384, 128, 12))
+    graph.replay()
+    for a, b in zip(captured, value_and_gradients(loss, q, k), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_another_stream_gives_the_same_bits(loss):
+    q, k = pair()
+    first = value_and_gradients(loss, q, k)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        second = value_and_gradients(loss, q, k)
+        torch.cuda.current_stream().synchronize()
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_autocast_does_not_round_logits():
+    inputs = on_device({**embeddings(300, 300, 64), "scale": torch.tensor(100.0)})
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        actual = evaluate(inputs, {"dim": "both"}, implementation="triton")
+    assert_same(actual, evaluate(inputs, {"dim": "both"}, implementation="triton"), limit=0.0)
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+def test_compiled_into_one_graph(loss):
+    q, k = pair()
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True)
+    for a, b in zip(value_and_gradients(compiled, q, k), value_and_gradients(loss, q, k), strict=True):
+        assert relative_error(a, b) < 1e-2
+
+
+def test_a_second_device():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one device")
+    inputs = {name: x.to("cuda:1") for name, x in biased(257, 130, 64, torch.bfloat16).items()}
+    assert torch.cuda.current_device() == 0
+    actual = evaluate(inputs, {"dim": "both"}, implementation="triton")
+    expected = evaluate(on_device(biased(257, 130, 64, torch.bfloat16)), {"dim": "both"}, implementation="triton")
+    assert all(torch.equal(actual[name].cpu(), expected[name].cpu()) for name in expected)
+
+
+def test_grad_cache_trains_two_towers():
+    towers = [torch.nn.Linear(32, 16).cuda() for _ in range(2)]
+    x, y = (torch.randn(96, 32, generator=generator(i)).cuda() for i in (1, 2))
+    step = fastcontrast.GradCache(towers, chunk_sizes=32, loss_fn=lambda a, b: fastcontrast.clip_loss(a, b, 5.0))
+    loss = step(x, y)
+    whole = fastcontrast.clip_loss(towers[0](x), towers[1](y), 5.0)
+    gradients = torch.autograd.grad(whole, [p for tower in towers for p in tower.parameters()])
+    assert relative_error(loss, whole) < 1e-5
+    for p, g in zip([p for tower in towers for p in tower.parameters()], gradients, strict=True):
+        assert relative_error(p.grad, g) < 1e-4
