@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__, ops
-from .ops._dispatch import native_missing
+from .ops._dispatch import native_missing, runs_through
 from .ops._workspace import MIB, workspace_bytes
 
 OPTIONAL = {
@@ -25,6 +25,7 @@ OPTIONAL = {
     "bench": ("pytest_benchmark", "matplotlib", "tqdm"),
     "rivals": ("open_clip", "pytorch_metric_learning", "lightly", "sentence_transformers"),
     "triton": ("triton",),
+    "gpu-rivals": ("memeff", "siglip_kernel", "inf_cl", "cut_cross_entropy", "liger_kernel"),
 }
 
 
@@ -52,21 +53,28 @@ def report() -> list[str]:
     if len(devices) == 1:
         lines.append("cuda    no device")
     lines.append(f"core    {native_missing or 'C++ core built'}")
-    lines += ["", "operations: what would run, and why not what is preferred to it"]
+    lines += ["", "operations: what would run, and why not the others"]
     for op in ops.operations():
         for device in devices:
-            for dtype in (torch.float32, torch.bfloat16, torch.float64):
-                lines += _choice(op, device, dtype)
+            lines += _choices(op, device)
     lines += ["", "optional packages"]
     for extra, packages in OPTIONAL.items():
         missing = [name for name in packages if importlib.util.find_spec(name) is None]
-        lines.append(f"  {extra:8s}{'missing: ' + ', '.join(missing) if missing else 'complete'}")
+        lines.append(f"  {extra:12s}{'missing: ' + ', '.join(missing) if missing else 'complete'}")
     return lines
 
 
-def _choice(op: str, device: str, dtype: torch.dtype) -> list[str]:
-    verdicts = ops.explain(op, device, dtype)
-    chosen = next(name for name, reason in verdicts.items() if reason is None)
-    head = f"  {op:20s}{device:8s}{str(dtype).removeprefix('torch.'):10s}{chosen}"
-    refused = [(name, reason) for name, reason in verdicts.items() if reason is not None]
-    return [head] + [f"      not {name}: {reason}" for name, reason in refused]
+def _choices(op: str, device: str) -> list[str]:
+    """What would run for each dtype, those with the same answer together."""
+    groups: dict[tuple, list[str]] = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        verdicts = tuple(ops.explain(op, device, dtype).items())
+        groups.setdefault(verdicts, []).append(str(dtype).removeprefix("torch."))
+    through = runs_through(op)
+    lines = []
+    for verdicts, dtypes in groups.items():
+        chosen = next(name for name, reason in verdicts if reason is None)
+        note = f" (that of {through})" if through and chosen != "reference" else ""
+        lines.append(f"  {op:24s}{device:8s}{', '.join(dtypes):30s}{chosen}{note}")
+        lines += [f"      not {name}: {reason}" for name, reason in verdicts if reason is not None]
+    return lines

@@ -143,7 +143,7 @@ def test_nearly_solved_batch_keeps_its_digits():
 @pytest.mark.parametrize(
     "needs", [("queries",), ("keys",), ("scale",), ("bias",), ("keys", "scale"), ("scale", "bias")], ids=str
 )
-@pytest.mark.parametrize("reduction", ["none", "sum"])
+@pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 def test_any_subset_of_gradients(needs, reduction):
     with tiles(16, 32):
         check(problem(61, 97), {"reduction": reduction}, needs=needs)
@@ -153,7 +153,8 @@ def test_weights_of_rows():
     weights = torch.rand(61, generator=generator(3))
     weights[5] = 0.0
     with tiles(16, 32):
-        check(problem(61, 97), {"reduction": "sum", "weights": weights})
+        for reduction in ("sum", "mean"):
+            check(problem(61, 97), {"reduction": reduction, "weights": weights})
 
 
 def test_the_sum_does_three_products_and_arbitrary_rows_four():
@@ -281,14 +282,14 @@ REFUSED = {
     "targets: integers": (TypeError, "targets must be.* got torch.int64", {"targets": torch.zeros(4, 6).long()}),
     "targets and labels": (ValueError, "cannot go with labels", {"targets": torch.zeros(4, 6), **LABELS}),
     "smoothing": (ValueError, "label_smoothing must lie in", {"label_smoothing": 1.5}),
-    "weights: rows": (ValueError, "weights go with reduction='sum'", {"weights": torch.ones(4)}),
+    "weights: rows": (ValueError, "weights go with reduction 'mean' or 'sum'", {"weights": torch.ones(4)}),
     "weights: length": (ValueError, r"weights must be \[4\]", {"weights": torch.ones(6), "reduction": "sum"}),
     "weights: gradient": (
         ValueError,
         "must not require a gradient",
         {"weights": torch.ones(4, requires_grad=True), "reduction": "sum"},
     ),
-    "reduction": (ValueError, "reduction must be one of 'none', 'sum', got 'mean'", {"reduction": "mean"}),
+    "reduction": (ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'max'", {"reduction": "max"}),
     "positives": (ValueError, r"positives must lie in \[-1, 6\)", {"positives": torch.tensor([0, 1, 2, 6])}),
 }
 

@@ -72,10 +72,8 @@ def siglip_loss(
         "implementation": implementation,
     }  # fmt: skip
     if reduction != "none" and (weights is None or not weights.requires_grad):
-        total = similarity_softplus(
-            image_features, text_features, scale, bias, **problem, weights=weights, reduction="sum"
-        )
-        return total / max(m, 1) if reduction == "mean" else total
+        problem |= {"weights": weights, "reduction": reduction}
+        return similarity_softplus(image_features, text_features, scale, bias, **problem)
     rows = similarity_softplus(image_features, text_features, scale, bias, **problem)
     return reduce(op, rows, weights, reduction, m)
 

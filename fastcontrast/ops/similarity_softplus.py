@@ -220,8 +220,9 @@ def similarity_softplus(
         targets: [M, N], the y_ij themselves in [0, 1], any floating dtype or bool; read a tile at a time. No gradient.
         label_smoothing: ε; positives and negatives become 1 − ε/2 and ε/2. Not with `targets`.
         query_ids, key_ids, guide: masks, as in `similarity_lse`.
-        weights: [M], factors of the S_i in a sum; a gradient to them needs reduction="none".
-        reduction: "none" → S [M], any upstream gradient, four products in all; "sum" → Σ_i weights_i S_i, three.
+        weights: [M], factors of the S_i in a sum or mean; a gradient to them needs reduction="none".
+        reduction: "none" → S [M], any upstream gradient, four products in all; "sum" → Σ_i weights_i S_i, three;
+            "mean" → the sum / M, 0 for M = 0.
         implementation: None (the best that can run), "cpu", "triton" or "reference".
 
     Returns float32 whatever the inputs (float64 for float64). NaN in a query gives NaN in its row.
@@ -231,7 +232,7 @@ def similarity_softplus(
     """
     op = "similarity_softplus"
     check.features(op, queries, keys)
-    check.one_of(op, "reduction", reduction, ("none", "sum"))
+    check.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
     scale, bias = (check.scalar(op, name, x, queries) for name, x in (("scale", scale), ("bias", bias)))
     given = _targets(op, queries, keys, query_labels, key_labels, targets, label_smoothing)
     labelled = given.query_labels is not None or given.dense is not None
@@ -239,35 +240,41 @@ def similarity_softplus(
     masks = check.masks(op, queries, keys, query_ids, key_ids, positives, guide, own)
     if weights is not None:
         if reduction == "none":
-            raise ValueError(f"{op}: weights go with reduction='sum', got 'none'")
+            raise ValueError(f"{op}: weights go with reduction 'mean' or 'sum', got 'none'")
         check.vector(op, "weights", weights, queries.shape[0], queries, floating=True)
         if weights.requires_grad:
             raise ValueError(f"{op}: weights must not require a gradient; multiply the rows of reduction='none'")
     chosen = choose(op, implementation, queries.device, queries.dtype)
     if chosen == "reference":
         rows = _reference(queries, keys, scale, bias, masks, given)
-        return rows if reduction == "none" else (rows if weights is None else rows * weights).sum()
+        return _reduced(rows, weights, reduction)
     inputs = (rows_contiguous(queries), rows_contiguous(keys), scale, bias)
     if torch.compiler.is_compiling():
         rows = torch.ops.fastcontrast.similarity_softplus(*inputs, *masks, *given)
     elif reduction == "none":
         return _Eager.apply(*inputs, *masks, *given, SWEEPS[chosen])
     else:
-        return formed(_sum(SWEEPS[chosen], masks, given, weights), *inputs, op=op)
-    return rows if reduction == "none" else (rows if weights is None else rows * weights).sum()
+        return formed(_total(SWEEPS[chosen], masks, given, weights, reduction), *inputs, op=op)
+    return _reduced(rows, weights, reduction)
 
 
-def _sum(sweep, masks: Masks, targets: Targets, weights: Tensor | None):
-    """Σ_i weights_i S_i and its gradients from one sweep, for `formed`."""
+def _reduced(rows: Tensor, weights: Tensor | None, reduction: str) -> Tensor:
+    if reduction == "none":
+        return rows
+    total = (rows if weights is None else rows * weights).sum(dtype=torch.float64).to(rows.dtype)
+    return total if reduction == "sum" else total / max(rows.shape[0], 1)
+
+
+def _total(sweep, masks: Masks, targets: Targets, weights: Tensor | None, reduction: str):
+    """The sum or mean of weights_i S_i and its gradients from one sweep, for `formed`."""
 
     def run(inputs, needs):
-        g = None
+        m, g = inputs[0].shape[0], None
         if any(needs):
-            m = inputs[0].shape[0]
-            g = torch.ones(m, device=inputs[0].device) if weights is None else weights.float()
+            each = 1.0 if reduction == "sum" else 1.0 / max(m, 1)
+            g = torch.full((m,), each, device=inputs[0].device) if weights is None else weights.float() * each
         rows, gradients = sweep(*inputs, masks, targets, g, needs)
-        rows = rows.double()
-        return (rows if weights is None else rows * weights).sum().float(), gradients
+        return _reduced(rows, weights, reduction), gradients
 
     return run
 
