@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastcontrast.benchmarks import _gpu, _memory, _pairs, _report, _rivals, similarity_lse
 from fastcontrast.benchmarks import _harness as harness
-from fastcontrast.benchmarks import _memory, _pairs, _report, _rivals, similarity_lse
 
 from fastcontrast import cli
 from fastcontrast.testing.shapes import Shape
@@ -238,3 +238,28 @@ def test_command_line_names_unknown_operations(capsys):
     assert "similarity_lse" in harness.operations()
     files = {path.stem for path in Path(harness.__file__).parent.glob("*.py")}
     assert set(harness.operations()) == {name for name in files if not name.startswith("_")}
+
+
+def test_workloads_of_a_gpu_are_right_where_there_is_none():
+    """Everything but the clock and the kernels: the same inputs, truths, providers and bars, small, on the CPU."""
+    workloads = [w for op in harness.operations() for w in _gpu.workloads(op, quick=True, device="cpu")]
+    assert {"clip 256 × 64", "siglip 256 × 64"} <= {w.name for w in workloads}
+    for workload in workloads:
+        providers = {name: replace(provider, memory=False) for name, provider in workload.providers.items()}
+        rows = harness.run(replace(workload, providers=providers, bars=()), "fastcontrast.benchmarks.none", True, 1)
+        for row in rows:
+            assert row.status in ("ok", "floor", "missing"), f"{workload.name}, {row.provider}: {row.note}"
+        ours = [row for row in rows if row.provider.startswith("fastcontrast")]
+        assert ours and all(row.status == "ok" for row in ours)
+    full = [w for op in harness.operations() for w in _gpu.workloads(op, quick=False)]
+    assert len({w.name for w in full}) == len(full)
+    for workload in full:
+        names = {*workload.providers, *workload.floors}
+        assert all(bar.of in names and bar.over in {*names, None} for bar in workload.bars)
+
+
+def test_a_gpu_is_needed_for_its_benchmarks(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert cli.main(["bench", "similarity_lse", "--gpu"]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
