@@ -8,12 +8,12 @@ export HF_HUB_OFFLINE = 1
 
 SOURCES = setup.py pyproject.toml constraints.txt requirements-data.txt $(shell find csrc -type f)
 
-.PHONY: demo test dev lint bench sanitize gpu build clean
+.PHONY: demo test dev lint bench sanitize gate gpu build clean
 
 demo: $(VENV)/installed            ## train a CLIP on real data, in minutes
 	$(BIN)/fastcontrast demo $(ARGS)
 
-test: $(VENV)/installed            ## all tests
+test: $(VENV)/installed build/triton-3.6   ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 dev: $(VENV)/installed             ## tools for working on the code
@@ -35,6 +35,10 @@ sanitize: $(VENV)/installed        ## the C++ core under ASan and UBSan
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(BIN)/python tests/sanitize.py build/sanitize
 
+gate: $(VENV)/installed build/triton-3.6   ## compile every Triton kernel, without a GPU: registers, spills, shared memory
+	$(BIN)/python tests/compile_gate.py
+	if [ -d build/triton-3.6 ]; then PYTHONPATH=build/triton-3.6 $(BIN)/python tests/compile_gate.py; fi
+
 gpu:                               ## on a CUDA machine with torch and Triton: build, GPU tests, memory checker, benchmarks
 	$(PYTHON) tests/gpu.py
 
@@ -52,6 +56,10 @@ $(VENV)/installed: $(SOURCES)
 	$(BIN)/pip install -q -e ".[demo,test]"
 	$(BIN)/pip install -q --no-deps -r requirements-data.txt
 	touch $@
+
+# The oldest Triton that is supported, beside the newest; where it has no wheel its compile gate is skipped, and says so.
+build/triton-3.6: | $(VENV)/installed
+	-PIP_CONSTRAINT= $(BIN)/pip install -q --no-deps --target $@ triton==3.6.0
 
 $(VENV)/rivals: $(VENV)/installed
 	$(BIN)/pip install -q -e ".[bench,rivals]"
