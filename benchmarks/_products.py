@@ -41,7 +41,7 @@ def _into(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
 
 def tiled(products: int, batch: Batch, part: int = 1, kept: bool = True) -> Step:
     """4: every tile twice, and both gradients; 3: tiles kept, or unless `kept` each used up at once; 2: one pass, one
-    gradient. `part`: 1/part of the rows."""
+    gradient; 1: no gradient. `part`: 1/part of the rows."""
     q, k = batch.queries.detach(), batch.keys.detach()
     q = q[: len(q) // part]
     m, n = len(q), len(k)
@@ -62,7 +62,8 @@ def tiled(products: int, batch: Batch, part: int = 1, kept: bool = True) -> Step
             t = tile(i, j)
             if not kept:
                 torch.mm(q[i], k[j].T, out=t)
-            _into(dq[i], t, k[j], first=not j.start)
+            if products > 1:
+                _into(dq[i], t, k[j], first=not j.start)
             if products > 2:
                 _into(dk[j], t.T, q[i], first=not i.start)
 
@@ -78,7 +79,8 @@ def whole(products: int, batch: Batch) -> Step:
         torch.mm(q, k.T, out=logits)
         if products == 4:
             torch.mm(q, k.T, out=logits)
-        torch.mm(logits, k, out=dq)
+        if products > 1:
+            torch.mm(logits, k, out=dq)
         if products > 2:
             torch.mm(logits.T, q, out=dk)
 
@@ -125,7 +127,9 @@ def symmetric_whole(batch: Batch, views: bool = True) -> Step:
 def floor(products: int, **options) -> dict[str, Floor]:
     """`options`: of `tiled`."""
     return {
-        f"{products} products": Floor({"tiled": partial(tiled, products, **options), "whole": partial(whole, products)})
+        f"{products} product{'s' if products > 1 else ''}": Floor(
+            {"tiled": partial(tiled, products, **options), "whole": partial(whole, products)}
+        )
     }
 
 

@@ -3,9 +3,11 @@
 #include <pybind11/pybind11.h>
 
 #include "common/memory.h"
+#include "cpu/linear_kl.h"
 #include "cpu/similarity_cross_entropy.h"
 #include "cpu/similarity_lse.h"
 #include "cpu/similarity_softplus.h"
+#include "cpu/similarity_topk.h"
 
 namespace py = pybind11;
 using namespace fastcontrast;
@@ -89,6 +91,43 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("logits"), py::arg("tile"), py::arg("targets"), py::arg("sums"), py::arg("gradient") = 0,
         py::arg("gradient_sums") = 0, py::arg("factor") = 1.0f, py::arg("threads") = 1);
+    py::class_<Best>(m, "Best")
+        .def(py::init<int64_t, int64_t, int64_t, bool>(), py::arg("rows"), py::arg("k"), py::arg("columns"),
+             py::arg("largest"))
+        .def(
+            "fold",
+            [](Best& best, const Tile& tile, Address query_ids, Address key_ids, Address limit, int threads) {
+                py::gil_scoped_release release;
+                best.fold(tile, {at<int64_t>(query_ids), at<int64_t>(key_ids), at<float>(limit)}, threads);
+            },
+            py::arg("tile"), py::arg("query_ids"), py::arg("key_ids"), py::arg("limit"), py::arg("threads"))
+        .def(
+            "finish",
+            [](Best& best, Address values, Address indices, int64_t rows, int threads) {
+                py::gil_scoped_release release;
+                best.finish(at<float>(values), at<int64_t>(indices), rows, threads);
+            },
+            py::arg("values"), py::arg("indices"), py::arg("rows"), py::arg("threads"));
+    m.def(
+        "kl_sums",
+        [](const Tile& student, Address teacher, const Softmax& p, const Softmax& t, Address forward, Address reverse,
+           Address entropy, int threads) {
+            py::gil_scoped_release release;
+            kl_sums(student, at<float>(teacher), p, t, {at<float>(forward), at<float>(reverse), at<float>(entropy)},
+                    threads);
+        },
+        py::arg("student"), py::arg("teacher"), py::arg("p"), py::arg("t"), py::arg("forward"), py::arg("reverse"),
+        py::arg("entropy"), py::arg("threads"));
+    m.def(
+        "kl_weights",
+        [](const Tile& student, Address teacher, const Softmax& p, const Softmax& t, float forward, float reverse,
+           Address forward_sums, Address reverse_sums, Address entropy, float factor, int threads) {
+            py::gil_scoped_release release;
+            kl_weights(student, at<float>(teacher), p, t, forward, reverse,
+                       {at<float>(forward_sums), at<float>(reverse_sums), at<float>(entropy)}, factor, threads);
+        },
+        py::arg("student"), py::arg("teacher"), py::arg("p"), py::arg("t"), py::arg("forward"), py::arg("reverse"),
+        py::arg("forward_sums"), py::arg("reverse_sums"), py::arg("entropy"), py::arg("factor"), py::arg("threads"));
     m.def(
         "dot",
         [](Address a, Address b, int64_t count) {

@@ -5,8 +5,10 @@ import importlib
 import pytest
 import torch
 import torch.nn.functional as F
+from similarity import assert_accurate, assert_same, evaluate
 
 from fastcontrast.ops import _sweep, similarity_cross_entropy, trace
+from fastcontrast.testing import relative_error
 
 module = importlib.import_module("fastcontrast.ops.similarity_cross_entropy")
 
@@ -183,6 +185,147 @@ def test_one_direction_with_positives_and_frozen_keys(positives, frozen):
         assert (gradient - exact).norm() <= 1e-5 * exact.norm()
 
 
+# ------------------------------------------------------------------- rows in chunks, gradients formed in the forward
+
+CHUNK = {
+    "one chunk": 1 << 20,
+    "chunks of several blocks": 4 * 90 * 37,
+    "chunks of less than a block": 4 * 90 * 11,
+    "chunks of one row": 4 * 90,
+}
+LEAVES = ("queries", "keys", "scale", "key_bias")
+
+
+def in_chunks(monkeypatch, smallest: int = 1) -> list:
+    """Small tiles, and the rows of each sweep that formed gradients, as they run."""
+    monkeypatch.setattr(module, "SMALL", 0)
+    monkeypatch.setattr(module, "MIN_ROWS", smallest)
+    monkeypatch.setattr(_sweep, "ROWS", 16)
+    monkeypatch.setattr(_sweep, "COLUMNS", 32)
+    swept, add = [], _sweep.add_gradients
+
+    def noted(sweep, *rest, consume=False):
+        swept.append((sweep.m, consume))
+        return add(sweep, *rest, consume=consume)
+
+    monkeypatch.setattr(_sweep, "add_gradients", noted)
+    return swept
+
+
+def rectangular(dtype=torch.float32, scale: float = 20.0) -> dict:
+    generator = torch.Generator().manual_seed(3)
+    q = F.normalize(torch.randn(83, 24, generator=generator), dim=1)
+    k = F.normalize(torch.randn(90, 24, generator=generator), dim=1)
+    k[:83] = F.normalize(0.4 * q + k[:83], dim=1)
+    bias = torch.randn(90, generator=generator)
+    return {"queries": q.to(dtype), "keys": k.to(dtype), "scale": torch.tensor(scale), "key_bias": bias}
+
+
+def mean_of(inputs: dict, settings: dict, **how):
+    return evaluate(inputs, settings, call=similarity_cross_entropy, **how)
+
+
+@pytest.mark.parametrize("workspace", CHUNK.values(), ids=CHUNK)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_chunks_equal_the_reference(workspace, reduction, weighted, monkeypatch):
+    swept = in_chunks(monkeypatch)
+    weights = torch.linspace(-0.5, 2, 83).relu() if weighted else None  # some of them 0
+    settings = {"reduction": reduction, "weights": weights, "positives": torch.arange(83).roll(5)}
+    inputs = rectangular()
+    results = mean_of(inputs, {**settings, "workspace": workspace}, needs=LEAVES)
+    rows = [m for m, _ in swept]
+    assert sum(rows) == 83 and max(rows) * 90 * 4 <= max(workspace, 83 * 90 * 4) and all(again for _, again in swept)
+    assert len(rows) == {1 << 20: 1, 4 * 90 * 37: 3, 4 * 90 * 11: 8, 4 * 90: 83}[workspace]
+    truth = mean_of(inputs, settings, needs=LEAVES, dtype=torch.float64, implementation="reference")
+    logits = 20.0 * inputs["queries"].double() @ inputs["keys"].double().T + inputs["key_bias"]
+    dense = F.cross_entropy(logits, settings["positives"], reduction="none")
+    dense = dense if weights is None else dense * weights
+    exact = dense.mean() if reduction == "mean" else dense.sum()
+    assert abs(truth["value 0"] - exact) <= 1e-12 * exact
+    assert_same(results, truth, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "needs", [("keys",), ("key_bias",), ("keys", "scale"), ("scale", "key_bias"), ("queries", "key_bias")]
+)
+def test_chunks_form_only_what_is_needed(needs, monkeypatch):
+    swept, inputs = in_chunks(monkeypatch), rectangular()
+    results = mean_of(inputs, {"workspace": CHUNK["chunks of several blocks"]}, needs=needs)
+    assert len(swept) == 3
+    assert_same(results, mean_of(inputs, {}, needs=needs, dtype=torch.float64, implementation="reference"), 1e-5)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS["ids"], SETTINGS["guide"]], ids=["ids", "guide"])
+def test_chunks_see_their_own_masks(settings, monkeypatch):
+    swept = in_chunks(monkeypatch)
+    inputs = dict(zip(("queries", "keys", "scale"), features(aligned=0.3), strict=True))
+    guide = 4 * 16 * 32 if "guide" in settings else 0  # the tile of its products
+    results = mean_of(inputs, {**settings, "workspace": guide + 4 * 40 * 13}, needs=LEAVES)
+    assert [m for m, _ in swept] == [10, 10, 10, 10]
+    truth = mean_of(inputs, settings, needs=LEAVES, dtype=torch.float64, implementation="reference")
+    assert_same(results, truth, 1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -7.0, 1e-5])
+def test_chunks_at_scales_that_no_loss_uses(scale, monkeypatch):
+    swept, inputs = in_chunks(monkeypatch), rectangular(scale=scale)
+    settings = {"workspace": CHUNK["chunks of several blocks"]}
+    assert_accurate(inputs, settings, needs=LEAVES, call=similarity_cross_entropy, magnitude=1.0)
+    assert swept
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunks_of_half_precision_accumulate_in_float32(dtype, monkeypatch):
+    in_chunks(monkeypatch)
+    settings = {"workspace": CHUNK["chunks of less than a block"]}
+    assert_accurate(rectangular(dtype), settings, needs=LEAVES, call=similarity_cross_entropy)
+
+
+def test_without_room_for_chunks_the_backward_computes_logits_again(monkeypatch):
+    swept, inputs = in_chunks(monkeypatch, smallest=16), rectangular()
+    for workspace, consumed in ((4 * 90 * 15, False), (4 * 90 * 16, True)):
+        results = mean_of(inputs, {"workspace": workspace}, needs=LEAVES)
+        assert {again for _, again in swept} == {consumed}
+        swept.clear()
+        truth = mean_of(inputs, {}, needs=LEAVES, dtype=torch.float64, implementation="reference")
+        assert_same(results, truth, 1e-5)
+
+
+def test_chunks_are_bit_identical_and_a_second_backward_is_right(monkeypatch):
+    in_chunks(monkeypatch)
+    inputs = {name: x.requires_grad_() for name, x in rectangular().items()}
+    run = {"workspace": CHUNK["chunks of several blocks"]}
+    losses = [similarity_cross_entropy(**inputs, **run) for _ in range(2)]
+    assert torch.equal(*losses)
+    first = torch.autograd.grad(losses[0], inputs.values(), retain_graph=True)
+    again = torch.autograd.grad(losses[0], inputs.values())
+    other = torch.autograd.grad(losses[1], inputs.values())
+    for x, y, z in zip(first, again, other, strict=True):
+        assert torch.equal(x, y) and torch.equal(x, z)
+
+
+def test_a_row_of_weight_zero_counts_for_nothing_but_the_mean(monkeypatch):
+    for workspace in (CHUNK["chunks of several blocks"], 0):
+        in_chunks(monkeypatch, smallest=8)
+        inputs, keep = rectangular(), torch.arange(83) % 3 > 0
+        results = mean_of(inputs, {"weights": keep.float(), "workspace": workspace}, needs=("queries", "keys"))
+        assert (results["dqueries"][~keep] == 0).all()
+        rest = {**inputs, "queries": inputs["queries"][keep]}
+        settings = {"positives": torch.arange(83)[keep], "reduction": "sum", "workspace": workspace}
+        expected = mean_of(rest, settings, needs=("queries", "keys"))
+        assert abs(results["value 0"] - expected["value 0"] / 83) <= 1e-6 * results["value 0"]
+        assert relative_error(results["dkeys"], expected["dkeys"] / 83) < 1e-6
+
+
+@pytest.mark.parametrize("implementation", ["cpu", "reference"])
+def test_a_sum_over_no_rows_is_zero(implementation):
+    q, k = torch.ones(0, 4, requires_grad=True), torch.ones(3, 4, requires_grad=True)
+    loss = similarity_cross_entropy(q, k, reduction="sum", implementation=implementation)
+    gradients = torch.autograd.grad(loss, [q, k])
+    assert loss == 0 and gradients[0].shape == (0, 4) and (gradients[1] == 0).all()
+
+
 def test_half_precision_gradients_are_rounded_once():
     q, k, scale = features(torch.bfloat16)
     _, gradients = value_and_gradients([q, k], torch.bfloat16, scale=scale, both=True)
@@ -215,5 +358,10 @@ def test_refuses_labels_that_do_not_fit():
         similarity_cross_entropy(x, x, query_labels=labels)
     with pytest.raises(ValueError, match=r"key_labels must be \[3\], got \[2\]"):
         similarity_cross_entropy(x, x, query_labels=labels, key_labels=labels[:2])
-    with pytest.raises(ValueError, match="labels cannot go with both, positives or guide"):
-        similarity_cross_entropy(x, x, query_labels=labels, key_labels=labels, both=True)
+    for other in ({"both": True}, {"weights": torch.ones(3)}, {"reduction": "sum"}):
+        with pytest.raises(ValueError, match="labels cannot go with both, positives, guide, weights or a sum"):
+            similarity_cross_entropy(x, x, query_labels=labels, key_labels=labels, **other)
+    with pytest.raises(ValueError, match=r"weights must be \[3\], got \[2\]"):
+        similarity_cross_entropy(x, x, weights=torch.ones(2))
+    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'sum', got 'none'"):
+        similarity_cross_entropy(x, x, reduction="none")

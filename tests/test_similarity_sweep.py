@@ -421,6 +421,7 @@ def test_opcheck(name):
     passed = []
 
     def registered(*arguments):
+        *arguments, _ = arguments  # which passes run
         passed.append(arguments)
         return torch.ops.fastcontrast.similarity_lse(*arguments)
 

@@ -142,7 +142,7 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
     for (int64_t i = begin; i < end; ++i) {
         float* __restrict out = tile.data + i * n;
         if (source) {
-            std::copy_n(source + i * n, n, out);
+            if (source + i * n != out) std::copy_n(source + i * n, n, out);
         } else {
             logits_row(logits, tile, i, out);
         }

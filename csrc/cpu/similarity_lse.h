@@ -28,7 +28,8 @@ struct Softmax {
 };
 
 // target_ij = factor · (rows' + columns' share + own_gradient_i where j is row i's own column). `source` [m, n] holds
-// logits kept from `lse`; if it is null, the target holds raw products. Each share may be absent.
+// logits kept from `lse`, and may be the target itself; if it is null, the target holds raw products. Each share may be
+// absent.
 void weights(const Logits&, const Tile& target, const float* source, Softmax rows, Softmax columns,
              const float* own_gradient, float factor, int threads);
 

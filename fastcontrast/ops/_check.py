@@ -148,9 +148,14 @@ def _guide(op: str, queries: Tensor, keys: Tensor, guide) -> tuple[Tensor, Tenso
         raise ValueError(f"{op}: guide must have {m} queries and {n} keys, got {got}")
     for name, x in (("guide_queries", guide_queries), ("guide_keys", guide_keys)):
         same_kind(op, name, x, queries, dtype=False)
+    return guide_queries.detach(), guide_keys.detach(), row_limit(op, "guide limit", limit, queries)
+
+
+def row_limit(op: str, name: str, limit: Any, queries: Tensor) -> Tensor:
+    """A number or a tensor [M], as a constant of each row."""
+    m = queries.shape[0]
     if isinstance(limit, Tensor) and limit.ndim:
-        vector(op, "guide limit", limit, m, queries, floating=True)
+        vector(op, name, limit, m, queries, floating=True)
     else:
-        limit = scalar(op, "guide limit", limit, queries).expand(m)
-    limit = limit.detach().to(torch.float64 if queries.dtype == torch.float64 else torch.float32).contiguous()
-    return guide_queries.detach(), guide_keys.detach(), limit
+        limit = scalar(op, name, limit, queries).expand(m)
+    return limit.detach().to(torch.float64 if queries.dtype == torch.float64 else torch.float32).contiguous()

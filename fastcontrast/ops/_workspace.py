@@ -29,11 +29,11 @@ def set_workspace(bytes: int | None) -> None:
     _pool.clear()
 
 
-def workspace_bytes(workspace: int | None, device: torch.device) -> int:
-    """The argument of a call, else what `set_workspace` said, else the default of the device."""
+def workspace_bytes(workspace: int | None, device: torch.device, usual: int = 0) -> int:
+    """The argument of a call, else what `set_workspace` said, else the default of the device, but at least `usual`."""
     if workspace is not None:
         return workspace
-    return _chosen if _chosen is not None else _default.get(device.type, _default["cpu"])
+    return _chosen if _chosen is not None else max(usual, _default.get(device.type, _default["cpu"]))
 
 
 class _Pool:

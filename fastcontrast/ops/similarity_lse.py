@@ -15,12 +15,12 @@ from torch import Tensor
 
 from . import _check as check
 from . import _sweep
-from ._dispatch import choose, refuse_cpu, register
+from ._dispatch import choose, refuse_cpu, refuse_triton, register
 from ._precision import without_autocast
-from ._sweep import Masks
+from ._sweep import Factor, Masks
 from ._workspace import workspace_bytes
 
-register("similarity_lse", {"cpu": refuse_cpu})
+register("similarity_lse", {"cpu": refuse_cpu, "triton": refuse_triton})
 
 
 # ---------------------------------------------------------------------------------------------------------- reference
@@ -106,7 +106,7 @@ def forward_cpu(queries, keys, scale, key_bias, *rest):
     own = torch.full((sweep.m if wants_own else 0,), float("-inf"))
     nothing = torch.empty(0)
     if mix:
-        r, mixed = _sweep.lse_and_mix(sweep, own, best)
+        r, mixed, *_ = _sweep.lse_and_mix(sweep, own, best)
         return r.high, nothing, own, r.best, r.best.new_empty(0), r.low, nothing.clone(), nothing.clone(), mixed
     r, c, kept = _sweep.lse(sweep, rows, columns, own, best, keep)
     if sweep.symmetric and wants_own:  # below the diagonal nothing was computed: there the own key's row has the logit
@@ -120,9 +120,7 @@ def backward_cpu(queries, keys, scale, key_bias, *rest):
     g, h, p, r, c, r_low, c_low, kept, mix, needs = rest[6:]
     need_queries, need_keys, need_scale, need_bias = needs
     nothing = torch.empty(0)
-    # Inside the weights the factor costs no pass of its own; one that is nearly zero could not be divided out again.
-    value = float(scale)
-    factor = value if abs(value) > 1e-3 else 1.0
+    factor = Factor.of(scale)
     dq = dk = db = None
     if mix.numel():
         dq = mix.mul(g[:, None]) if g is not None else torch.zeros_like(mix)
@@ -130,10 +128,10 @@ def backward_cpu(queries, keys, scale, key_bias, *rest):
             column = masks.positives.clamp(0, keys.shape[0] - 1)
             p = p.masked_fill(masks.positives != column, 0.0)
             dq.addcmul_(p[:, None], keys.index_select(0, column).float())
-        dq.mul_(factor)
+        dq.mul_(factor.inside)
     else:
         sweep = _sweep.Sweep(queries, keys, scale, key_bias, masks)
-        via_keys = need_scale and need_keys and not need_queries and not sweep.symmetric
+        need_keys = need_keys and not sweep.symmetric
         if sweep.symmetric and p is not None and p.numel():
             p = p + p.index_select(0, _mirror(masks.positives))
         dq, dk, db = _sweep.gradients(
@@ -141,30 +139,42 @@ def backward_cpu(queries, keys, scale, key_bias, *rest):
             None if g is None else (g.float().contiguous(), r, r_low),
             None if h is None else (h.float().contiguous(), c, c_low),
             None if p is None else p.float().contiguous(),
-            factor,
+            factor.inside,
             kept,
-            (need_queries or (need_scale and not via_keys), need_keys and not sweep.symmetric, need_bias),
+            (*factor.sums((need_queries, need_keys, need_scale)), need_bias),
         )
     dscale = nothing.clone()
     if need_scale:
         # A symmetric G·K counts each pair in both orders.
-        total = _sweep.dot(dq, queries) if dq is not None else _sweep.dot(dk, keys)
-        dscale = torch.full((), total / factor * (0.5 if keys is None else 1.0), dtype=scale.dtype)
-    if factor != value:
-        for gradient in (dq, dk):
-            if gradient is not None:
-                gradient.mul_(value)
+        total = factor.scale_gradient(queries, keys, dq, dk) * (0.5 if keys is None else 1.0)
+        dscale = torch.full((), total, dtype=scale.dtype)
+    factor.finish(dq, dk)
     return (
         dq.to(queries.dtype) if need_queries else nothing,
         dk.to(keys.dtype) if need_keys and dk is not None else nothing.clone(),
         dscale,
-        db.div_(factor).to(key_bias.dtype) if need_bias else nothing.clone(),
+        db.div_(factor.inside).to(key_bias.dtype) if need_bias else nothing.clone(),
     )
 
 
 def _mirror(positives: Tensor) -> Tensor:
     """The row that holds row i's own logit in the other half of a symmetric matrix; i where there is none."""
     return torch.where(positives < 0, torch.arange(positives.shape[0]), positives)
+
+
+def forward_triton(*arguments):
+    from . import _device_sweep
+
+    return _device_sweep.forward_triton(*arguments)
+
+
+def backward_triton(*arguments):
+    from . import _device_sweep
+
+    return _device_sweep.backward_triton(*arguments)
+
+
+PASSES = {"cpu": (forward_cpu, backward_cpu), "triton": (forward_triton, backward_triton)}
 
 
 def _forward_fake(queries, keys, *rest):
@@ -223,8 +233,9 @@ def _no_second_backward(ctx, *gradients):
     )
 
 
-_library.impl("similarity_lse", forward_cpu, "CPU")
-_library.impl("similarity_lse_backward", backward_cpu, "CPU")
+for _name, _device in (("cpu", "CPU"), ("triton", "CUDA")):
+    _library.impl("similarity_lse", PASSES[_name][0], _device)
+    _library.impl("similarity_lse_backward", PASSES[_name][1], _device)
 torch.library.register_fake("fastcontrast::similarity_lse", _forward_fake, lib=_library)
 torch.library.register_fake("fastcontrast::similarity_lse_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("fastcontrast::similarity_lse", _backward, setup_context=_setup_context, lib=_library)
@@ -236,7 +247,8 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        output = forward_cpu(*inputs)
+        *inputs, (forward, ctx.run) = inputs
+        output = forward(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
@@ -244,7 +256,7 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, *gradients):
         # Under create_graph=True the registered operation runs, whose own backward refuses: `once_differentiable` would
         # return detached gradients, and a penalty on them would silently count for nothing.
-        return _backward(ctx, *gradients, run=None if torch.is_grad_enabled() else backward_cpu)
+        return (*_backward(ctx, *gradients, run=None if torch.is_grad_enabled() else ctx.run), None)
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -283,7 +295,7 @@ def similarity_lse(
             `query_ids = key_ids = arange(N), positives=-1` removes the diagonal.
         guide: (guide_queries, guide_keys, limit): masked where ⟨guide_q_i, guide_k_j⟩ > limit_i. No gradient.
         workspace: bytes for tiles and kept logits; default `set_workspace`. More of it saves products in the backward.
-        implementation: None (the best that can run), "cpu" or "reference".
+        implementation: None (the best that can run), "cpu", "triton" or "reference".
         return_positives: also L_{i, positives[i]} [M], with its gradient in the same sweep: the difference
             Σ_j softmax_j k_j − k_own is then summed in float32 and rounded once. −inf where a row protects none.
         return_best: also the index of each row's (column's) largest logit, the first of equals, −1 if all is masked.
@@ -312,7 +324,10 @@ def similarity_lse(
     symmetric = key_bias is None and guide is None and not columns
     symmetric = symmetric and is_symmetric(queries, keys, query_ids, key_ids, positives)
     mix, keep = plan(queries, keys, scale, key_bias, masks, columns, symmetric, workspace)
-    run = torch.ops.fastcontrast.similarity_lse if torch.compiler.is_compiling() else _Eager.apply
+    if chosen == "triton":  # it would spend the same products either way, and keeps nothing
+        mix, keep = False, 0
+    compiling = torch.compiler.is_compiling()
+    run = torch.ops.fastcontrast.similarity_lse if compiling else _Eager.apply
     keys = None if symmetric else rows_contiguous(keys)
     r, c, own, r_best, c_best, *_ = run(
         rows_contiguous(queries),
@@ -326,6 +341,7 @@ def similarity_lse(
         return_best,
         mix,
         keep,
+        *(() if compiling else (PASSES[chosen],)),
     )
     outputs = ((r, rows), (c, columns), (own, return_positives), (r_best, rows and return_best))
     results = [x for x, wanted in (*outputs, (c_best, columns and return_best)) if wanted]
@@ -356,7 +372,7 @@ def is_symmetric(queries, keys, query_ids, key_ids, positives) -> bool:
         return False
     if not isinstance(positives, Tensor):
         return True
-    if torch.compiler.is_compiling():  # the values are not there to be looked at
+    if positives.is_cuda or torch.compiler.is_compiling():  # to look at the values would wait, or cannot be done
         return False
     mirror = _mirror(positives)
     return torch.equal(mirror.index_select(0, mirror), torch.arange(mirror.shape[0]))

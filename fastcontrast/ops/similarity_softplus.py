@@ -21,7 +21,7 @@ from . import _sweep
 from ._dispatch import choose, refuse_cpu, refuse_triton, register
 from ._formed import formed
 from ._precision import without_autocast
-from ._sweep import Masks, Targets
+from ._sweep import Factor, Masks, Targets
 from .similarity_lse import reference_logits, rows_contiguous
 
 register("similarity_softplus", {"cpu": refuse_cpu, "triton": refuse_triton})
@@ -63,23 +63,16 @@ def sweep_cpu(queries, keys, scale, bias, masks: Masks, targets: Targets, gradie
     sweep = _sweep.Sweep(queries, keys, scale, bias_row, masks)
     if gradient is None:
         return _sweep.softplus(sweep, targets, None, 1.0, (False, False))[0], (None,) * 4
-    need_queries, need_keys, need_scale, need_bias = needs
-    # Inside G the factor costs no pass of its own; one that is nearly zero could not be divided out again.
-    value = float(scale)
-    factor = value if abs(value) > 1e-3 else 1.0
-    via_keys = need_scale and need_keys and not need_queries
-    wants = (need_queries or (need_scale and not via_keys), need_keys)
-    rows, dq, dk, sums = _sweep.softplus(sweep, targets, gradient.float().contiguous(), factor, wants)
+    need_queries, _, need_scale, need_bias = needs
+    factor = Factor.of(scale)
+    wants = factor.sums(needs)
+    rows, dq, dk, sums = _sweep.softplus(sweep, targets, gradient.float().contiguous(), factor.inside, wants)
     dscale = dbias = None
     if need_scale:
-        total = _sweep.dot(dk, keys) if via_keys else _sweep.dot(dq, queries)
-        dscale = torch.full((), total / factor, dtype=scale.dtype)
+        dscale = torch.full((), factor.scale_gradient(queries, keys, dq, dk), dtype=scale.dtype)
     if need_bias:
-        dbias = (sums.sum(dtype=torch.float64) / factor).to(bias.dtype)
-    if factor != value:
-        for x in (dq, dk):
-            if x is not None:
-                x.mul_(value)
+        dbias = (sums.sum(dtype=torch.float64) / factor.inside).to(bias.dtype)
+    factor.finish(dq, dk)
     return rows, (dq if need_queries else None, dk, dscale, dbias)
 
 

@@ -1,0 +1,182 @@
+"""Tiles of similarity_softplus: row sums of the sigmoid loss, and the weights of its gradient, in one pass.
+
+loss   max(L, 0) − y·L + log(1 + exp(−|L|))          y = `high` for a positive pair, `low` for another, or dense
+G_ij = factor · g_i · (σ(L_ij) − y_ij)               without cancellation: (1 − y) − σ(−L) where y > ½
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import (
+    Config,
+    Ladder,
+    Launch,
+    Problem,
+    config_for,
+    descriptors,
+    factor_of,
+    guide_mask,
+    logits,
+    options,
+    own_column,
+    products,
+    store_tile,
+    sum_launch,
+    tile_constants,
+    tile_of,
+    unit_constants,
+)
+
+OP = "similarity_softplus"
+
+
+class Pairs(NamedTuple):
+    """Which pairs are positive: what a dense target says, else those of equal labels, else each row's own column."""
+
+    dense: Tensor | None  # [M, N]
+    query_labels: Tensor | None  # [M] int64
+    key_labels: Tensor | None  # [N] int64
+
+
+class Out(NamedTuple):
+    """Where weights go: G of a chunk, and of each tile ΣG and Σ_ij G_ij ⟨q_i, k_j⟩, of G unrounded."""
+
+    target: Tensor | None = None  # [rows, N]
+    totals: Tensor | None = None  # [tiles] fp64
+    dots: Tensor | None = None  # [tiles] fp64
+
+
+@triton.jit
+def _targets(problem, pairs, y_stride_i, y_stride_j, high, low, i, j, m_i, m_j, n):
+    if pairs.dense is not None:
+        at = pairs.dense + i.to(tl.int64)[:, None] * y_stride_i + j.to(tl.int64)[None, :] * y_stride_j
+        y = tl.load(at, mask=m_i[:, None] & m_j[None, :], other=0.0).to(tl.float32)
+    else:
+        if pairs.query_labels is not None:
+            query_labels = tl.load(pairs.query_labels + i, mask=m_i, other=0)
+            key_labels = tl.load(pairs.key_labels + j, mask=m_j, other=0)
+            positive = query_labels[:, None] == key_labels[None, :]
+        elif problem.positives is not None:
+            positive = own_column(problem.positives, i, m_i, n)[:, None] == j[None, :]
+        else:
+            positive = tl.zeros((i.shape[0], j.shape[0]), tl.int1)
+        y = tl.where(positive, high, low)
+    return y
+
+
+@triton.jit
+def _log1p(e, inverse):
+    """log(1 + e) for 0 ≤ e ≤ 1 to full relative precision, as 2·artanh(e / (2 + e)); inverse = 1 / ((1 + e)(2 + e)).
+
+    log of the rounded 1 + e would lose the losses of all pairs with L ≪ 0, which are about e each.
+    """
+    s = e * (1.0 + e) * inverse
+    t = s * s
+    series = 1.0 / 13.0
+    for k in tl.static_range(6):
+        series = series * t + 1.0 / (11.0 - 2.0 * k)
+    return 2.0 * s * series
+
+
+@triton.jit
+def _entry(x, y, counts):
+    e = tl.exp(-tl.abs(x))
+    inverse = 1.0 / ((1.0 + e) * (2.0 + e))
+    loss = tl.maximum(x, 0.0) - y * x + _log1p(e, inverse)
+    smaller = e * (2.0 + e) * inverse  # σ(−|x|)
+    slope = tl.where(x >= 0.0, (1.0 - y) - smaller, smaller - y)
+    return tl.where(counts, loss, 0.0), tl.where(counts, slope, 0.0)
+
+
+@triton.jit(do_not_specialize=["start", "stop", "n"])
+def softplus_kernel(
+    problem, queries_tma, keys_tma, bias, pairs, gradient, extents, rows, out, start, stop, n, target_stride,
+    y_stride_i, y_stride_j, high, low,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Rows [start, stop): row sums of each tile [column tiles, stop − start]; with a gradient also what `Out` says."""
+    i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(stop - start, BM), tl.cdiv(n, BN), GROUP)
+    i, j = start + i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
+    m_i, m_j = i < stop, j < n
+    guided = guide_mask(problem, i, j, m_i, m_j, BK, PRECISION, UPCAST)
+    raw = products(problem, queries_tma, keys_tma, i, j, m_i, m_j, BK, PRECISION, UPCAST, ALIGNED)
+    tile = logits(problem, raw, guided, i, j, m_i, m_j, n) + tl.load(bias).to(tl.float32)
+    y = _targets(problem, pairs, y_stride_i, y_stride_j, high, low, i, j, m_i, m_j, n)
+    counts = m_i[:, None] & m_j[None, :]
+    if problem.query_ids is not None or problem.guide_queries is not None:
+        counts &= tile != -float("inf")
+    at = i_n.to(tl.int64) * (stop - start) + (i - start)
+    if gradient is None:
+        loss, _ = by_entry(_entry, tile, y, counts, MAP)
+        tl.store(rows + at, tl.sum(loss, 1), mask=m_i)
+    else:
+        loss, slope = tl.map_elementwise(_entry, tile, y, counts)
+        tl.store(rows + at, tl.sum(loss, 1), mask=m_i)
+        g = factor_of(extents, UNIT, SLOTS) * tl.load(gradient + i, mask=m_i, other=0.0).to(tl.float32)
+        slope *= g[:, None]
+        store_tile(slope, out.target, target_stride, i, j, m_i, m_j, start)
+        tl.store(out.totals + at, tl.sum(slope, 1), mask=m_i)
+        if out.dots is not None:
+            tl.store(out.dots + at, tl.sum(slope * raw, 1), mask=m_i)
+
+
+TABLE: dict[str, Ladder] = {}
+
+PARTS_BYTES = 64 << 20  # of the tiles' row sums at a time
+
+
+def panel_rows(problem: Problem) -> int:
+    """Rows whose parts fit into `PARTS_BYTES`."""
+    config = config_for(OP, TABLE, "softplus", problem)
+    most = PARTS_BYTES // (4 * triton.cdiv(problem.keys.shape[0], config.BN))
+    return max(config.BM, most // config.BM * config.BM)
+
+
+def softplus_launch(
+    config: Config, problem: Problem, bias: Tensor, targets: Any, gradient: Tensor | None, extents: Tensor | None,
+    rows: Tensor, out: Out, start: int,
+) -> Launch:  # fmt: skip
+    """`targets` as `ops._sweep.Targets`."""
+    n, count, dense = problem.keys.shape[0], rows.shape[1], targets.dense
+    arguments = (
+        problem, *descriptors(config, problem), bias, Pairs(dense, targets.query_labels, targets.key_labels), gradient,
+        extents, rows, out, start, start + count, n, 0 if out.target is None else out.target.stride(0),
+        *((0, 0) if dense is None else dense.stride()), float(targets.high), float(targets.low),
+    )  # fmt: skip
+    constants = {**tile_constants(config, problem), **unit_constants(extents, out.target)}
+    tiles = triton.cdiv(count, config.BM) * triton.cdiv(n, config.BN)
+    return Launch(softplus_kernel, (tiles,), arguments, constants, options(config))
+
+
+def softplus(
+    problem: Problem,
+    bias: Tensor,  # 0-dim
+    targets: Any,
+    gradient: Tensor | None,  # [M]
+    extents: Tensor | None,
+    target: Tensor | None,  # [rows, N], with a gradient
+    start: int,
+    sums: Tensor,  # [rows] fp32
+    *,
+    dots: bool = False,
+    config: Config | None = None,
+) -> Out:
+    """Row sums of rows `start`… into `sums`; with a gradient also factor · G into `target`, and sums of it."""
+    config = config or config_for(OP, TABLE, "softplus", problem)
+    row_tiles, column_tiles = triton.cdiv(sums.shape[0], config.BM), triton.cdiv(problem.keys.shape[0], config.BN)
+    rows = torch.empty(column_tiles, sums.shape[0], dtype=torch.float32, device=sums.device)
+
+    def per_tile(wanted: bool) -> Tensor | None:
+        return torch.empty(row_tiles * column_tiles, dtype=torch.float64, device=sums.device) if wanted else None
+
+    out = Out(target, per_tile(gradient is not None), per_tile(dots))
+    softplus_launch(config, problem, bias.detach(), targets, gradient, extents, rows, out, start).run()
+    sum_launch(rows, sums).run()
+    return out
