@@ -1,0 +1,172 @@
+"""Compiles every Triton kernel in every configuration of its table, without a GPU: `make gate`.
+
+    python tests/compile_gate.py [--arch 80 90 100] [--json FILE] [--only TEXT]
+
+Prints kernel × case × architecture with registers a thread, stack (where spilled registers go), shared memory and
+whether the chip's matrix units are used; fails on a spill, on what does not fit the chip, or on a half-precision product
+that misses the matrix units of sm_90 (wgmma) or sm_100 (tcgen05). Kernels are found in kernels/*.py: each file says with
+`compile_cases(capability)` what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+ARCHITECTURES = (80, 90, 100)
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
+REGISTERS = 255
+MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+PROCESSES = 2
+
+
+@dataclass
+class Compiled:
+    kernel: str
+    case: str
+    architecture: int
+    registers: int = 0
+    stack: int = 0
+    shared: int = 0
+    matrix_units: str = ""
+    seconds: float = 0.0
+    fault: str = ""
+
+
+def modules() -> list[str]:
+    """Those of fastcontrast.kernels that have something to compile."""
+    package = importlib.import_module("fastcontrast.kernels")
+    names = sorted(path.stem for path in Path(package.__path__[0]).glob("*.py"))
+    names = [name for name in names if name != "__init__"]
+    return [name for name in names if hasattr(_module(name), "compile_cases")]
+
+
+def _module(name: str):
+    return importlib.import_module(f"fastcontrast.kernels.{name}")
+
+
+class NoDevice:
+    """Stands for the driver, so that Triton binds arguments and compiles for an architecture that is not here."""
+
+    def __init__(self, architecture: int):
+        from triton.backends.compiler import GPUTarget
+
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # kernels compiled for different targets are different kernels
+
+    def get_current_stream(self, device=None) -> int:
+        return 0
+
+
+def cases(name: str, architecture: int) -> list:
+    from triton.runtime import driver
+
+    driver.set_active(NoDevice(architecture))
+    return list(_module(name).compile_cases(divmod(architecture, 10)))
+
+
+def compile_case(name: str, index: int, architecture: int) -> Compiled:
+    case = cases(name, architecture)[index]
+    row = Compiled(name, case.name, architecture)
+    start = time.monotonic()
+    try:
+        launch = case.launch
+        compiled = launch.kernel.warmup(*launch.arguments, grid=(1,), **launch.constants, **launch.options)
+    except Exception as error:  # also ptxas, whose message is the whole program
+        row.fault = f"does not compile: {type(error).__name__}: {str(error).strip()[-300:]}"
+        return row
+    finally:
+        row.seconds = time.monotonic() - start
+    row.registers, row.stack = resources(compiled.asm["cubin"])
+    row.shared = compiled.metadata.shared
+    unit = MATRIX_UNITS[architecture]
+    row.matrix_units = unit.split(".")[0] if unit in compiled.asm["ptx"] else ""
+    row.fault = fault(row, case.matrix_units)
+    return row
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers a thread and bytes of stack, as the assembler wrote them down."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    if found is None:
+        raise RuntimeError(f"cuobjdump said nothing of registers: {text[:300]}")
+    return int(found[1]), int(found[2])
+
+
+def fault(row: Compiled, needs_matrix_units: bool) -> str:
+    if row.stack:
+        return f"spills: {row.stack} bytes of stack"
+    if row.registers > REGISTERS:
+        return f"{row.registers} registers"
+    if row.shared > SHARED[row.architecture]:
+        return f"{row.shared} bytes of shared memory, the chip has {SHARED[row.architecture]}"
+    if needs_matrix_units and not row.matrix_units:
+        return f"no {MATRIX_UNITS[row.architecture]}"
+    return ""
+
+
+def run(architectures: list[int], only: str) -> list[Compiled]:
+    jobs = []
+    for name in modules():
+        for architecture in architectures:
+            found = enumerate(cases(name, architecture))
+            jobs += [(name, i, architecture) for i, case in found if only in f"{name} {case.name}"]
+    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(compile_case, *zip(*jobs, strict=True))) if jobs else []
+
+
+def table(rows: list[Compiled]) -> str:
+    lines = [("kernel", "case", "sm", "registers", "stack", "shared", "matrix units", "")]
+    for row in rows:
+        sizes = (str(row.registers), str(row.stack), f"{row.shared / 1024:.0f} KiB", row.matrix_units)
+        lines.append((row.kernel, row.case, str(row.architecture), *sizes, row.fault and f"FAULT: {row.fault}"))
+    widths = [max(len(line[i]) for line in lines) for i in range(7)]
+    return "\n".join("  ".join([*map(str.ljust, line, widths), line[7]]).rstrip() for line in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose kernel and name contain this")
+    arguments = parser.parse_args()
+    import triton
+
+    with tempfile.TemporaryDirectory() as cache:
+        # A cache of its own; and multiply-add fusion as the kernels are meant, whatever the version's default.
+        os.environ.update(TRITON_CACHE_DIR=cache, TRITON_DEFAULT_FP_FUSION="1")
+        rows = run(arguments.arch, arguments.only)
+    faults = [row for row in rows if row.fault]
+    print(f"Triton {triton.__version__}\n{table(rows)}\n{len(rows)} kernels compiled, {len(faults)} faults")
+    if arguments.json:
+        record = {"triton": triton.__version__, "rows": [asdict(row) for row in rows]}
+        Path(arguments.json).write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if faults or not rows else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

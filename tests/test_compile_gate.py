@@ -1,0 +1,65 @@
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a spill, on the oldest and the newest Triton.
+
+`make gate` prints the tables. The oldest Triton lies in build/triton-3.6 (`make test` puts it there), or where
+FASTCONTRAST_TRITON_OLD says.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import compile_gate
+import pytest
+from compile_gate import ARCHITECTURES, SHARED, Compiled, fault
+
+ROOT = Path(__file__).parents[1]
+OLDEST = Path(os.environ.get("FASTCONTRAST_TRITON_OLD", ROOT / "build" / "triton-3.6"))
+
+
+@pytest.mark.parametrize("version", ["newest", "oldest"])
+def test_every_kernel_compiles_and_fits(version, tmp_path):
+    pytest.importorskip("triton")
+    environment = {name: x for name, x in os.environ.items() if not name.startswith("TRITON")}
+    if version == "oldest":
+        if not (OLDEST / "triton").exists():
+            pytest.skip(f"no Triton in {OLDEST}")
+        environment["PYTHONPATH"] = str(OLDEST)
+    out = tmp_path / "gate.json"
+    command = [sys.executable, str(ROOT / "tests" / "compile_gate.py"), "--json", str(out)]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert out.exists(), done.stderr[-3000:]
+    found = json.loads(out.read_text())
+    faults = [f"{row['kernel']} {row['case']} sm_{row['architecture']}: {row['fault']}" for row in found["rows"]]
+    assert [text for text, row in zip(faults, found["rows"], strict=True) if row["fault"]] == []
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert found["triton"].startswith("3.6") == (version == "oldest")
+    for kernel in compile_gate.modules():
+        assert {row["architecture"] for row in found["rows"] if row["kernel"] == kernel} == {*ARCHITECTURES}
+    products = [row for row in found["rows"] if row["architecture"] == 90 and row["matrix_units"]]
+    assert products, "no kernel uses wgmma"
+
+
+def test_every_kernel_file_is_compiled():
+    pytest.importorskip("triton")
+    files = {path.stem for path in (ROOT / "kernels").glob("*.py")} - {"__init__", "_common"}
+    assert files <= {*compile_gate.modules()}
+
+
+@pytest.mark.parametrize(
+    ("measured", "said"),
+    [
+        ({"stack": 8}, "spills: 8 bytes of stack"),
+        ({"registers": 256}, "256 registers"),
+        ({"shared": SHARED[90] + 1}, "bytes of shared memory"),
+        ({"matrix_units": ""}, "no wgmma.mma_async"),
+        ({}, ""),
+    ],
+)
+def test_what_counts_as_a_fault(measured, said):
+    row = Compiled(
+        "kernel", "case", 90, **{"registers": 255, "shared": SHARED[90], "matrix_units": "wgmma", **measured}
+    )
+    assert said in fault(row, needs_matrix_units=True)
+    assert bool(fault(row, needs_matrix_units=True)) == bool(said)
