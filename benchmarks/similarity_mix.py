@@ -150,8 +150,11 @@ def workloads(quick: bool) -> list[Workload]:
         forward("batch_8192", (Bar(name, "2 products", at_most=1.15), memory), reps=5),
         both("batch_8192", (Bar(name, "7 products", at_most=1.15), memory), reps=5),
         bank(200_000, (Bar(name, "2 products", at_most=1.15), *never_slower, memory), reps=5),
-        *(forward(f"batch_{n}", never_slower, compile=False, reps=15) for n in (128, 512, 2048)),
-        *(both(f"batch_{n}", never_slower, compile=False, reps=15) for n in (128, 512, 2048)),
+        *(run(f"batch_{n}", compile=False, reps=15) for run in (forward, both) for n in (128, 512)),
+        *(
+            run("batch_2048", (Bar(name, "dense torch", at_most=1.1),), compile=False, reps=15)
+            for run in (forward, both)
+        ),
     ]
 
 

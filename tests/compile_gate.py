@@ -3,9 +3,9 @@
     python tests/compile_gate.py [--arch 80 90 100] [--json FILE] [--only TEXT]
 
 Prints kernel × case × architecture with registers a thread, stack (where spilled registers go), shared memory and
-whether the chip's matrix units are used; fails on a spill, on what does not fit the chip, or on a half-precision product
-that misses the matrix units of sm_90 (wgmma) or sm_100 (tcgen05). Kernels are found in kernels/*.py: each file says with
-`compile_cases(capability)` what there is.
+whether the chip's matrix units are used; fails on a spill, on what does not fit the chip, or on a half-precision
+product that misses the matrix units of sm_90 (wgmma) or sm_100 (tcgen05). Kernels are found in kernels/*.py: each file
+says with `compile_cases(capability)` what there is.
 """
 
 from __future__ import annotations
