@@ -17,9 +17,11 @@ from fastcontrast import clip_loss, info_nce, siglip_loss
 from fastcontrast.ops import similarity_lse
 from fastcontrast.testing.shapes import Shape
 
+from . import _language as language
 from . import _rivals as rivals
+from . import linear_cross_entropy, linear_kl
 from ._harness import Bar, Floor, Provider, Step, Workload
-from ._pairs import SCALE, Batch, make_batch, siglip_truth, truth
+from ._pairs import Batch, make_batch, siglip_truth, truth
 
 MIB = 1 << 20
 TOLERANCE = 2e-2  # of bfloat16: features and gradients are rounded to 8 bits
@@ -171,6 +173,51 @@ def siglip(device: str, n: int, d: int, compile: bool = False, most_ms: float | 
     return workload(f"siglip {n} × {d}", device, n, d, torch.bfloat16, siglip_truth, providers, floor(3), tuple(bars))
 
 
+def head(name: str, device: str, shape: Shape, products: int, loss: Callable, providers: dict, rivals: tuple[str, ...]):
+    """A language-model head, mean over tokens."""
+    whole = language.workload(name, shape, loss, products, providers)
+    bars = tuple(Bar(name, "fastcontrast", at_least=1.0) for name in rivals)
+    return Workload(**{
+        **vars(whole), "inputs": partial(tokens_on, device), "floors": floor(products), "bars": bars,
+        "tolerance": TOLERANCE, "device": device, "reps": 5,
+    })  # fmt: skip
+
+
+def tokens_on(device: str, shape: Shape) -> language.Tokens:
+    return language.make_tokens(shape, device, torch.bfloat16)
+
+
+def cross_entropy(device: str, shape: Shape):
+    def on_tokens(make: Callable[[], Callable]) -> Provider:
+        def loss() -> Callable:
+            function = make()
+            return lambda tokens: function(tokens.hidden, tokens.weight, tokens.targets)
+
+        return language.provider(loss)
+
+    dense = language.provider(lambda: linear_cross_entropy.dense, needs=16 * shape.m * shape.n)
+    others = {
+        "cut-cross-entropy": on_tokens(rivals.cut_cross_entropy),
+        "liger-kernel": on_tokens(rivals.liger_cross_entropy),
+        "dense torch": dense,
+    }
+    providers = {"fastcontrast": language.provider(lambda: linear_cross_entropy.ours), **others}
+    return head("cross entropy", device, shape, 3, language.cross_entropy, providers, tuple(others))
+
+
+def divergence(device: str, shape: Shape):
+    def liger() -> Callable:
+        loss = rivals.liger_kl()
+        return lambda tokens: loss(*linear_kl.heads(tokens))
+
+    others = {
+        "liger-kernel, teacher dense": language.provider(liger, needs=16 * shape.m * shape.n),
+        "dense torch": language.provider(lambda: linear_kl.dense, needs=28 * shape.m * shape.n),
+    }
+    providers = {"fastcontrast": language.provider(lambda: linear_kl.ours), **others}
+    return head("forward KL", device, shape, 4, language.forward_kl, providers, tuple(others))
+
+
 def workload(name, device, n, d, dtype, exact, providers, floors, bars) -> Workload:
     tolerance = TOLERANCE if dtype != torch.float32 else 1e-4
     return Workload(
@@ -181,7 +228,10 @@ def workload(name, device, n, d, dtype, exact, providers, floors, bars) -> Workl
 
 def workloads(op: str, quick: bool, device: str = "cuda") -> list[Workload]:
     """Of one operation, most telling first: a run that is cut short has them. [] if the operation has none."""
-    most = {"similarity_lse": _lse, "similarity_softplus": _softplus}
+    most = {
+        "similarity_lse": _lse, "similarity_softplus": _softplus, "linear_cross_entropy": _cross_entropy,
+        "linear_kl": _kl,
+    }  # fmt: skip
     return most[op](quick, device) if op in most else []
 
 
@@ -198,6 +248,18 @@ def _lse(quick: bool, device: str) -> list[Workload]:
         *(clip(device, n, 768) for n in SIZES[1:5]),
         clip(device, 8192, 512, dtype=torch.float32),
     ]
+
+
+def _cross_entropy(quick: bool, device: str) -> list[Workload]:
+    return [cross_entropy(device, shape) for shape in _heads(quick)]
+
+
+def _kl(quick: bool, device: str) -> list[Workload]:
+    return [divergence(device, shape) for shape in _heads(quick)]
+
+
+def _heads(quick: bool) -> tuple[Shape, ...]:
+    return (language.TINY,) if quick else (language.SMOLLM2, language.PINTS)
 
 
 def _softplus(quick: bool, device: str) -> list[Workload]:

@@ -140,6 +140,29 @@ def siglip_kernel() -> Callable[..., Tensor]:
     return lambda queries, keys, scale, bias: loss(queries, keys, scale.log(), bias)
 
 
+def cut_cross_entropy() -> Callable[..., Tensor]:
+    """`loss(hidden, weight, targets)`; no gradient is left out as small."""
+    loss = need("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy
+    return lambda hidden, weight, targets: loss(hidden, weight, targets, filter_eps=None)
+
+
+def liger_cross_entropy() -> Callable[..., Tensor]:
+    loss = need("liger_kernel.transformers", "liger-kernel").LigerFusedLinearCrossEntropyLoss()
+    return lambda hidden, weight, targets: loss(weight, hidden, targets)
+
+
+def liger_kl() -> Callable[..., Tensor]:
+    """Of a student's head from probabilities that a teacher's head gives densely."""
+    loss = need("liger_kernel.transformers", "liger-kernel").LigerFusedLinearKLDivLoss()
+
+    def call(hidden: Tensor, weight: Tensor, teacher_hidden: Tensor, teacher_weight: Tensor) -> Tensor:
+        with torch.no_grad():
+            taught = (teacher_hidden @ teacher_weight.T).float().softmax(1)
+        return loss(hidden, weight, taught)
+
+    return call
+
+
 def compiled(loss: Callable) -> Callable:
     """Plain torch under its own compiler."""
     torch._dynamo.reset()
