@@ -44,7 +44,7 @@ def register(op: str, implementations: dict[str, Refusal]) -> None:
 
 
 def register_through(op: str, other: str) -> None:
-    """`op` is algebra on `other` and runs on its implementations, under whose name `trace` lists what ran."""
+    """`op` has no kernels of its own: it runs on those of `other`, where and when they do."""
     _registry[op], _through[op] = _registry[other], other
 
 
