@@ -3,12 +3,14 @@
 from .grad_cache import GradCache
 from .losses import (
     ClipLoss,
+    DistillLoss,
     InfoNCELoss,
     MultiPositiveLoss,
     NTXentLoss,
     SigLipLoss,
     SupConLoss,
     clip_loss,
+    distill_loss,
     info_nce,
     multi_positive_loss,
     nt_xent_loss,
@@ -21,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "DistillLoss",
     "GradCache",
     "InfoNCELoss",
     "MultiPositiveLoss",
@@ -28,6 +31,7 @@ __all__ = [
     "SigLipLoss",
     "SupConLoss",
     "clip_loss",
+    "distill_loss",
     "info_nce",
     "multi_positive_loss",
     "nt_xent_loss",

@@ -127,6 +127,19 @@ def own_column(positives, i, m_i, n):
 
 
 @triton.jit
+def own_here(problem, i, j, m_i, n):
+    """Rows whose own column is in the tile, and the column."""
+    own_j = own_column(problem.positives, i, m_i, n)
+    return m_i & (own_j >= tl.min(j, 0)) & (own_j <= tl.max(j, 0)), own_j
+
+
+@triton.jit
+def own_entry(tile, own_j, j):
+    """Each row's entry in its own column, 0 where that is not in the tile."""
+    return tl.sum(tl.where(own_j[:, None] == j[None, :], tile, 0.0), 1)
+
+
+@triton.jit
 def guide_mask(
     problem, i, j, m_i, m_j, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr
 ):  # fmt: skip
@@ -171,6 +184,32 @@ def logits(problem, tile, guided, i, j, m_i, m_j, n):
             masked = masked & (own_column(problem.positives, i, m_i, n)[:, None] != j[None, :])
         tile = tl.where(masked, -float("inf"), tile)
     return tile
+
+
+@triton.jit
+def _half(x, WHICH: tl.constexpr):
+    a, b = tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+    return a if WHICH == 0 else b
+
+
+@triton.jit
+def part(x, p: tl.constexpr, PARTS: tl.constexpr):
+    """Columns [p · BN / PARTS, …) of a tile. An epilogue that keeps several numbers an entry goes part by part, so that
+    of the whole tile only the products take up registers."""
+    return x if PARTS == 1 else part(_half(x, p // (PARTS // 2)), p % (PARTS // 2), PARTS // 2)
+
+
+@triton.jit
+def between_parts(PARTS: tl.constexpr):
+    """Keeps the compiler from taking the parts together after all."""
+    if PARTS > 1:
+        tl.debug_barrier()
+
+
+@triton.jit
+def guided_part(problem, guided, p: tl.constexpr, PARTS: tl.constexpr):
+    """The same part of what `guide_mask` returned."""
+    return guided if problem.guide_queries is None else part(guided, p, PARTS)
 
 
 @triton.jit
@@ -238,11 +277,13 @@ class Config:
     warps: int
     stages: int
     group: int = 8
+    parts: int = 1  # of the columns, that the epilogue takes one after another
     tma: bool = False
-    registers: int | None = None  # a limit for a thread, so that two programs fit a multiprocessor
+    registers: int | None = None  # a thread may use: the assembler likes 128 for 8 warps, and spills to get there
 
 
 Ladder = tuple[tuple[float, Config], ...]  # (entries of the matrix up to which it serves, config), ascending
+SMALL, MEDIUM, ANY = 1024**2, 4096**2, float("inf")  # entries
 
 
 class Launch(NamedTuple):
@@ -272,7 +313,7 @@ def tile_constants(config: Config, problem: Problem) -> dict[str, Any]:
     """The constants that every tile kernel takes."""
     dtype, sizes = problem.queries.dtype, (problem.d, problem.q_stride, problem.k_stride)
     return {
-        "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.group,
+        "BM": config.BM, "BN": config.BN, "BK": config.BK, "GROUP": config.group, "PARTS": config.parts,
         "PRECISION": "tf32" if kind_of(dtype) == "tf32" else "ieee",
         "UPCAST": interpreted() and dtype in (torch.bfloat16, torch.float16),
         "ALIGNED": all(size % 8 == 0 for size in sizes) and any(size % 16 for size in sizes),
@@ -344,8 +385,10 @@ def config_for(op: str, table: dict[str, Ladder], kernel: str, problem: Problem)
     return pick(ladder(op, table, ladder_name(kernel, problem), problem.queries.device), problem)
 
 
+EXTRAS = ("", " masked", " guide")  # masks and a bias need registers of their own, a guide a second product's
+
+
 def ladder_name(kernel: str, problem: Problem) -> str:
-    """Masks and a bias need registers of their own, a guide a second product's."""
     extra = "" if problem.query_ids is None and problem.key_bias is None else " masked"
     return f"{kernel} {kind_of(problem.queries.dtype)}{extra if problem.guide_queries is None else ' guide'}"
 
@@ -378,7 +421,7 @@ def _tuned(gpu: str, op: str) -> dict[str, Ladder]:
     }
 
 
-def autotune(
+def time_configs(
     launches: Callable[[Config], Callable[[], None]], candidates: Iterable[Config]
 ) -> list[tuple[float, Config]]:
     """Milliseconds of each candidate on the present device, fastest first; one that cannot launch is left out."""
@@ -415,14 +458,34 @@ class Case(NamedTuple):
 
 def described(config: Config) -> str:
     text = f"{config.BM}x{config.BN}x{config.BK} {config.warps}w {config.stages}s"
+    text += f" /{config.parts}" if config.parts > 1 else ""
     text += f" r{config.registers}" if config.registers else ""
     return text + (" tma" if config.tma else "")
 
 
 def distinct(table: dict[str, Ladder], name: str, capability: tuple[int, int]) -> Iterator[Config]:
     """The configurations of one ladder, each once."""
-    seen: list[Config] = []
-    for _, config in table[f"{name} {architecture(capability)}"]:
-        if config not in seen:
-            seen.append(config)
-            yield config
+    yield from dict.fromkeys(config for _, config in table[f"{name} {architecture(capability)}"])
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def meta_problem(dtype: torch.dtype, extra: str, positives: bool = True) -> Problem:
+    """A problem for the compiler: with ids and a bias if `extra` says masked, with a guide too if it says that."""
+    n, d = 4096, 768
+    integers, guide = meta(n, dtype=torch.int64), meta(n, d, dtype=dtype)
+    ids = integers if extra else None
+    guides = (guide, guide, meta(n)) if extra == " guide" else (None, None, None)
+    own = integers if positives or extra else None
+    features = meta(n, d, dtype=dtype)
+    sizes = (d, d, d) * 2 if guides[0] is not None else (d, d, d, 0, 0, 0)
+    return Problem(features, features, meta(), meta(n) if extra else None, ids, ids, own, *guides, *sizes)
+
+
+def kinds() -> Iterator[tuple[str, torch.dtype, dict[str, str]]]:
+    """(kind, dtype, constants) of what the gate compiles; tf32 is a flag of torch, which the compiler is not told."""
+    yield "half", torch.bfloat16, {}
+    yield "tf32", torch.float32, {"PRECISION": "tf32"}
+    yield "float32", torch.float32, {"PRECISION": "ieee"}

@@ -45,6 +45,16 @@ class Sums(NamedTuple):
     entropy: Tensor
 
 
+class Target(NamedTuple):
+    """Where G goes, in float32 and/or for products in half precision."""
+
+    exact: Tensor | None  # [rows, V] fp32, may be the student's products, and has their stride
+    half: Tensor | None  # [rows, V] fp16
+
+
+NO_TARGET = Target(None, None)
+
+
 @triton.jit
 def _logits(head, ids, row, stride, o, mask):
     """A block of a row's logits, −inf where masked or beyond the vocabulary."""
@@ -83,9 +93,17 @@ def _log_softmax(head, ids, row, stride, o, mask, high, low):
     return (_logits(head, ids, row, stride, o, mask) - high) - low
 
 
+@triton.jit
+def _store(g, target, row, stride, half_stride, o, mask):
+    if target.exact is not None:
+        tl.store(target.exact + row * stride + o, g, mask=mask)
+    if target.half is not None:
+        tl.store(target.half + row * half_stride + o, g.to(tl.float16), mask=mask)
+
+
 @triton.jit(do_not_specialize=["vocabulary"])
 def kl_kernel(
-    student, teacher, ids, gradient, extents, target, sums, vocabulary, stride, target_stride, forward, reverse,
+    student, teacher, ids, gradient, extents, target, sums, vocabulary, stride, half_stride, forward, reverse,
     FORWARD: tl.constexpr, REVERSE: tl.constexpr, UNIT: tl.constexpr, SLOTS: tl.constexpr, BV: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -115,8 +133,7 @@ def kl_kernel(
             reverse_sums += _excess(p, t, log_p - log_t)
         entropy -= t * tl.where(log_t > -FLT_MAX, log_t, -FLT_MAX)
         if gradient is not None and not REVERSE:
-            g = scale * forward * (p - t)
-            tl.store(target + row * target_stride + o, g.to(target.dtype.element_ty), mask=mask)
+            _store(scale * forward * (p - t), target, row, stride, half_stride, o, mask)
     mean = tl.sum(reverse_sums, 0)
     tl.store(sums.divergence + row, forward * tl.sum(divergence, 0) + reverse * mean)
     tl.store(sums.entropy + row, tl.sum(entropy, 0))
@@ -129,18 +146,18 @@ def kl_kernel(
             p, t = tl.exp(log_p), tl.exp(log_t)
             pulled = tl.where(p > 0.0, p * ((log_p - log_t) - mean), p)
             g = scale * (forward * (p - t) + reverse * pulled)
-            tl.store(target + row * target_stride + o, g.to(target.dtype.element_ty), mask=mask)
+            _store(g, target, row, stride, half_stride, o, mask)
 
 
 def kl_launch(
     student: Head, teacher: Head, ids: Ids, shares: tuple[float, float], gradient: Tensor | None,
-    extents: Tensor | None, target: Tensor | None, sums: Sums,
+    extents: Tensor | None, target: Target, sums: Sums,
 ) -> Launch:  # fmt: skip
     rows, vocabulary = student.products.shape
     block = min(2048, max(64, triton.next_power_of_2(vocabulary)))
     arguments = (
         student, teacher, ids, gradient, extents, target, sums, vocabulary, student.products.stride(0),
-        0 if target is None else target.stride(0), *shares,
+        0 if target.half is None else target.half.stride(0), *shares,
     )  # fmt: skip
     constants = {
         "FORWARD": shares[0] != 0.0, "REVERSE": shares[1] != 0.0, "UNIT": 1.0 if extents is None else HALF_UNIT,
@@ -151,19 +168,15 @@ def kl_launch(
 
 def kl(
     logits: Sequence[Tensor],  # products of the student and of the teacher, [rows, V] fp32, of one stride
-    scales: Sequence[float],
-    biases: Sequence[Tensor | None],  # [V] fp32
+    heads: Sequence[tuple[float, Tensor | None]],  # scale, and bias [V] fp32, of each
     problem: Any,  # `ops._divergence.Problem` of these rows: ids and shares
-    gradient: Tensor | None,  # [rows] fp32
-    extents: Tensor | None,
-    target: Tensor | None,  # [rows, V], with a gradient; may be the student's products
+    gradient: tuple[Tensor, Tensor | None, Target] | None,  # upstream [rows], extents, where G goes
     rows: Any,  # `ops._divergence.Rows`: divergence and entropy, [rows] fp32
 ) -> None:
-    heads = (Head(*head) for head in zip(logits, biases, scales, strict=True))
-    shares = (problem.forward, problem.reverse)
-    kl_launch(
-        *heads, Ids(problem.token_ids, problem.vocabulary_ids), shares, gradient, extents, target, Sums(*rows)
-    ).run()
+    """`rows`, and with a gradient the weights."""
+    student, teacher = (Head(z, bias, scale) for z, (scale, bias) in zip(logits, heads, strict=True))
+    ids, shares = Ids(problem.token_ids, problem.vocabulary_ids), (problem.forward, problem.reverse)
+    kl_launch(student, teacher, ids, shares, *(gradient or (None, None, NO_TARGET)), Sums(*rows)).run()
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
@@ -171,11 +184,15 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     heads = [Head(meta(256, 50272)[:, :50257], bias, 0.5) for bias in (None, meta(50257))]
-    sums, gradient, target = Sums(meta(256), meta(256)), meta(256), meta(256, 50272, dtype=torch.float16)[:, :50257]
+    sums, gradient, products = Sums(meta(256), meta(256)), meta(256), heads[0].products
+    half = meta(256, 50272, dtype=torch.float16)[:, :50257]
     ids = Ids(meta(256, dtype=torch.int64), meta(50257, dtype=torch.int64))
     for name, shares in (("forward", (1.0, 0.0)), ("reverse", (0.0, 1.0)), ("symmetric", (0.5, 0.5))):
-        half = kl_launch(*heads, Ids(None, None), shares, gradient, meta(5, SLOTS), target, sums)
-        yield Case(f"kl {name}, gradient float16", half, False)
-        full = kl_launch(*heads, ids, shares, gradient, None, heads[0].products, sums)
-        yield Case(f"kl {name}, ids, gradient float32", full, False)
-        yield Case(f"kl {name}", kl_launch(*heads, Ids(None, None), shares, None, None, None, sums), False)
+        launches = {
+            "gradient float16": (Ids(None, None), gradient, meta(5, SLOTS), Target(None, half)),
+            "gradient of both kinds": (Ids(None, None), gradient, meta(5, SLOTS), Target(products, half)),
+            "ids, gradient float32": (ids, gradient, None, Target(products, None)),
+            "no gradient": (Ids(None, None), None, None, NO_TARGET),
+        }
+        for kind, (masks, *target) in launches.items():
+            yield Case(f"kl {name}, {kind}", kl_launch(*heads, masks, shares, *target, sums), False)

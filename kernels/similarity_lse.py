@@ -10,7 +10,11 @@ tile in which some row or column lies so far below it that its sum would lose di
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,29 +22,50 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    ANY,
     BC,
     BT,
+    EXTRAS,
     FLT_MAX,
+    MEDIUM,
     NO_INDEX,
+    SMALL,
+    Case,
     Config,
     Ladder,
     Launch,
     Problem,
+    architecture,
+    between_parts,
     config_for,
+    describable,
+    described,
     descriptors,
+    distinct,
     factor_of,
     finite,
     guide_mask,
+    guided_part,
+    kind_of,
+    kinds,
+    ladder_name,
     logits,
+    meta,
+    meta_problem,
     options,
-    own_column,
+    own_entry,
+    own_here,
+    part,
+    problem_of,
     products,
     store_tile,
     sum_launch,
     tile_constants,
     tile_of,
+    time_configs,
     unit_constants,
     within,
+    write_tuned,
 )
 
 OP = "similarity_lse"
@@ -93,12 +118,12 @@ class Slopes(NamedTuple):
 
 
 class Out(NamedTuple):
-    """Where weights go: G of a chunk, and of each tile Σ_i G_ij, Σ_ij G_ij ⟨q_i, k_j⟩ and, where only rows have a
-    share, Σ_j G_ij. The sums are of G unrounded."""
+    """Where weights go: G of a chunk, and of each tile Σ_i G_ij, Σ_j G_ij ⟨q_i, k_j⟩ and Σ_j G_ij (without the own
+    logits' gradient). The sums are of G unrounded."""
 
     target: Tensor | None  # [rows, N]
     column_sums: Tensor | None = None  # [row tiles, N] fp32
-    dots: Tensor | None = None  # [tiles] fp64
+    dots: Tensor | None = None  # [column tiles, rows] fp32
     row_sums: Tensor | None = None  # [column tiles, rows] fp32
 
 
@@ -106,34 +131,54 @@ class Out(NamedTuple):
 
 
 @triton.jit
-def _store_parts(parts, at, mask, tile, index, AXIS: tl.constexpr):
-    """Reference, Σ exp(L − reference), and the first index of the largest, over one axis of the tile."""
-    largest = tl.max(tile, AXIS)
-    reference = finite(largest)
-    tl.store(parts.reference + at, reference, mask=mask)
-    tl.store(parts.sum + at, tl.sum(tl.exp(tile - tl.expand_dims(reference, AXIS)), AXIS), mask=mask)
-    if parts.best is not None:
-        first = tl.where(tile == tl.expand_dims(largest, AXIS), tl.expand_dims(index, 1 - AXIS), NO_INDEX)
-        tl.store(parts.best + at, tl.min(first, AXIS), mask=mask)
+def _first_largest(tile, largest, index, AXIS: tl.constexpr):
+    candidates = tl.where(tile == tl.expand_dims(largest, AXIS), tl.expand_dims(index, 1 - AXIS), NO_INDEX)
+    return tl.min(candidates, AXIS)
 
 
 @triton.jit
-def _store_own(own, own_j, tile, i, j, m_i):
-    """The one tile that contains a row's own column stores its logit."""
-    m_own = m_i & (own_j >= tl.min(j, 0)) & (own_j <= tl.max(j, 0))
-    if tl.max(m_own.to(tl.int32), 0) > 0:
-        value = tl.sum(tl.where(own_j[:, None] == j[None, :], tile, 0.0), 1)
-        tl.store(own + i, value, mask=m_own)
+def _store_rows(rows, at, mask, tile, j):
+    """Each row against its own maximum."""
+    largest = tl.max(tile, 1)
+    reference = finite(largest)
+    tl.store(rows.reference + at, reference, mask=mask)
+    tl.store(rows.sum + at, tl.sum(tl.exp(tile - reference[:, None]), 1), mask=mask)
+    if rows.best is not None:
+        tl.store(rows.best + at, _first_largest(tile, largest, j, 1), mask=mask)
+
+
+@triton.jit
+def _store_columns(columns, at, mask, tile, i):
+    """Each column against its own maximum."""
+    largest = tl.max(tile, 0)
+    reference = finite(largest)
+    tl.store(columns.reference + at, reference, mask=mask)
+    tl.store(columns.sum + at, tl.sum(tl.exp(tile - reference[None, :]), 0), mask=mask)
+    if columns.best is not None:
+        tl.store(columns.best + at, _first_largest(tile, largest, i, 0), mask=mask)
+
+
+@triton.jit
+def _store_both(rows, columns, at_rows, at_columns, m_i, m_j, tile):
+    """Rows and columns with one exponential an entry, against the tile's maximum; returns the smallest sum."""
+    reference = finite(tl.max(tl.max(tile, 1), 0))
+    e = tl.exp(tile - reference)
+    row_sums, column_sums = tl.sum(e, 1), tl.sum(e, 0)
+    tl.store(rows.reference + at_rows, tl.zeros_like(row_sums) + reference, mask=m_i)
+    tl.store(rows.sum + at_rows, row_sums, mask=m_i)
+    tl.store(columns.reference + at_columns, tl.zeros_like(column_sums) + reference, mask=m_j)
+    tl.store(columns.sum + at_columns, column_sums, mask=m_j)
+    return tl.minimum(tl.min(tl.where(m_i, row_sums, 1.0), 0), tl.min(tl.where(m_j, column_sums, 1.0), 0))
 
 
 @triton.jit
 def _store_by_strips(
-    rows, columns, problem, at_rows, i, m_i, i_m, i_n, n,
+    rows, columns, problem, at_rows, at_columns, i, m_i, i_n, n,
     BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Parts of rows and columns against maxima of their own, a few columns at a time, their products formed again.
+    """Rows and columns against maxima of their own, a few columns at a time, their products formed again.
 
-    The tile, its exponentials and 128 columns' maxima and sums at once would need more registers than there are.
+    Rare enough; and a tile that had to be kept for it would leave the usual way too few registers.
     """
     reference = tl.zeros((i.shape[0],), tl.float32) - FLT_MAX
     total = tl.zeros((i.shape[0],), tl.float32)
@@ -143,7 +188,7 @@ def _store_by_strips(
         guided = guide_mask(problem, i, j, m_i, m_j, BK, PRECISION, UPCAST)
         tile = products(problem, None, None, i, j, m_i, m_j, BK, PRECISION, UPCAST, ALIGNED)
         tile = within(logits(problem, tile, guided, i, j, m_i, m_j, n), m_i, m_j)
-        _store_parts(columns, (1 + i_m).to(tl.int64) * n + j, m_j, tile, i, 0)
+        _store_columns(columns, at_columns + j, m_j, tile, i)
         before = reference
         reference = tl.maximum(before, finite(tl.max(tile, 1)))
         total = total * tl.exp(before - reference) + tl.sum(tl.exp(tile - reference[:, None]), 1)
@@ -154,8 +199,8 @@ def _store_by_strips(
 @triton.jit(do_not_specialize=["start", "stop", "n"])
 def lse_kernel(
     problem, queries_tma, keys_tma, own, rows, columns, start, stop, n,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, ALIGNED: tl.constexpr, BEST: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr, BEST: tl.constexpr,
 ):  # fmt: skip
     """Rows [start, stop). Parts of rows [column tiles, stop − start]; of columns [1 + row tiles, n], the first free."""
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(stop - start, BM), tl.cdiv(n, BN), GROUP)
@@ -165,29 +210,23 @@ def lse_kernel(
     tile = products(problem, queries_tma, keys_tma, i, j, m_i, m_j, BK, PRECISION, UPCAST, ALIGNED)
     tile = within(logits(problem, tile, guided, i, j, m_i, m_j, n), m_i, m_j)
     if own is not None:
-        _store_own(own, own_column(problem.positives, i, m_i, n), tile, i, j, m_i)
+        m_own, own_j = own_here(problem, i, j, m_i, n)
+        if tl.max(m_own.to(tl.int32), 0) > 0:
+            tl.store(own + i, own_entry(tile, own_j, j), mask=m_own)
     at_rows = i_n.to(tl.int64) * (stop - start) + (i - start)
-    at_columns = (1 + i_m).to(tl.int64) * n + j
+    at_columns = (1 + i_m).to(tl.int64) * n
     if rows.sum is not None and columns.sum is not None and not BEST:
-        reference = finite(tl.max(tl.max(tile, 1), 0))
-        e = tl.exp(tile - reference)
-        row_sums, column_sums = tl.sum(e, 1), tl.sum(e, 0)
-        smallest = tl.minimum(tl.min(tl.where(m_i, row_sums, 1.0), 0), tl.min(tl.where(m_j, column_sums, 1.0), 0))
-        if smallest >= SMALLEST_SUM:
-            tl.store(rows.reference + at_rows, tl.zeros_like(row_sums) + reference, mask=m_i)
-            tl.store(rows.sum + at_rows, row_sums, mask=m_i)
-            tl.store(columns.reference + at_columns, tl.zeros_like(column_sums) + reference, mask=m_j)
-            tl.store(columns.sum + at_columns, column_sums, mask=m_j)
-        else:
+        smallest = _store_both(rows, columns, at_rows, at_columns + j, m_i, m_j, tile)
+        if not (smallest >= SMALLEST_SUM):
+            tl.debug_barrier()  # over what is stored already
             _store_by_strips(
-                rows, columns, problem, at_rows, i, m_i, i_m, i_n, n,
-                BN, BK, PRECISION, UPCAST, ALIGNED,
-            )  # fmt: skip
+                rows, columns, problem, at_rows, at_columns, i, m_i, i_n, n, BN, BK, PRECISION, UPCAST, ALIGNED
+            )
     else:
         if rows.sum is not None:
-            _store_parts(rows, at_rows, m_i, tile, j, 1)
+            _store_rows(rows, at_rows, m_i, tile, j)
         if columns.sum is not None:
-            _store_parts(columns, at_columns, m_j, tile, i, 0)
+            _store_columns(columns, at_columns + j, m_j, tile, i)
 
 
 @triton.jit
@@ -265,67 +304,42 @@ def _softmax(softmax, index, mask):
 
 
 @triton.jit
-def _own_tile(own_gradient, problem, factor, i, j, m_i, n):
-    """Of rows whose own column is in the tile: that they are such, the column, and factor · its gradient."""
-    own_j = own_column(problem.positives, i, m_i, n)
-    m_own = m_i & (own_j >= tl.min(j, 0)) & (own_j <= tl.max(j, 0))
-    return m_own, own_j, factor * tl.load(own_gradient + i, mask=m_own, other=0.0).to(tl.float32)
+def _own_weights(problem, rows, columns, own_gradient, factor, raw, m_own, own_j, i):
+    """G of rows' own entries, whose products are `raw`, and the gradient of the own logits in it. Apart from the tile,
+    since it is a difference: only once the gradient is added may it be rounded."""
+    x = raw * tl.load(problem.scale).to(tl.float32)
+    if problem.key_bias is not None:
+        x += tl.load(problem.key_bias + own_j, mask=m_own, other=0.0).to(tl.float32)
+    p = factor * tl.load(own_gradient + i, mask=m_own, other=0.0).to(tl.float32)
+    value = p
+    if rows.high is not None:
+        r, g = _softmax(rows, i, m_own)
+        value += factor * g * tl.exp(x - r)
+    if columns.high is not None:
+        c, h = _softmax(columns, own_j, m_own)
+        value += factor * h * tl.exp(x - c)
+    return value, p
 
 
 @triton.jit
-def _store_weights(tile, raw, own_gradient, problem, factor, out, i_m, i, j, m_i, m_j, start, n, target_stride):
-    """A tile of G, the own columns' gradient added where it has them, and its sums over rows; returns Σ G ∘ raw, for
-    what was not added."""
-    if out.target is not None:
-        store_tile(tile, out.target, target_stride, i, j, m_i, m_j, start)
+def _put_own(value, p, out, own_j, m_own, i_m, i_n, i, n, start, target_stride, BN: tl.constexpr):
+    """G of rows' own entries and what it adds to the sums of columns, over what the tile has stored."""
+    tl.debug_barrier()
+    at = out.target + (i - start).to(tl.int64) * target_stride + own_j
+    tl.store(at, value.to(out.target.dtype.element_ty), mask=m_own)
     if out.column_sums is not None:
-        p_sums = out.column_sums + i_m.to(tl.int64) * n + j
-        sums = tl.sum(tl.where(m_i[:, None], tile, 0.0), 0)
-        tl.store(p_sums, sums, mask=m_j)
-    dot = 0.0
-    if out.dots is not None:
-        dot += tl.sum(tl.sum(tl.where(m_j[None, :], tile * raw, 0.0), 1), 0)
-    if own_gradient is not None:
-        m_own, own_j, p = _own_tile(own_gradient, problem, factor, i, j, m_i, n)
-        if tl.max(m_own.to(tl.int32), 0) > 0:
-            # Stored over what is there already: to add it to the tile would keep that alive in registers twice.
-            is_own = own_j[:, None] == j[None, :]
-            value = tl.sum(tl.where(is_own, tile, 0.0), 1) + p
-            tl.debug_barrier()
-            at = out.target + (i - start).to(tl.int64) * target_stride + own_j
-            tl.store(at, value.to(out.target.dtype.element_ty), mask=m_own)
-            if out.column_sums is not None:
-                tl.store(p_sums, sums + tl.sum(tl.where(is_own, p[:, None], 0.0), 0), mask=m_j)
-    return dot
-
-
-@triton.jit
-def _store_weights_by_strips(
-    problem, rows, columns, own_gradient, factor, out, i, m_i, i_m, i_n, start, n, target_stride,
-    BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """G with an exponential for each direction, a few columns at a time, their products formed again."""
-    r, g = _softmax(rows, i, m_i)
-    dot = 0.0
-    for j0 in range(i_n * BN, tl.minimum((i_n + 1) * BN, n), STRIP):
-        j = j0 + tl.arange(0, STRIP)
-        m_j = j < n
-        guided = guide_mask(problem, i, j, m_i, m_j, BK, PRECISION, UPCAST)
-        raw = products(problem, None, None, i, j, m_i, m_j, BK, PRECISION, UPCAST, ALIGNED)
-        tile = logits(problem, raw, guided, i, j, m_i, m_j, n)
-        c, h = _softmax(columns, j, m_j)
-        tile = (factor * g)[:, None] * tl.exp(tile - r[:, None]) + (factor * h)[None, :] * tl.exp(tile - c[None, :])
-        dot += _store_weights(
-            tile, raw, own_gradient, problem, factor, out, i_m, i, j, m_i, m_j, start, n, target_stride
-        )
-    return dot
+        for j0 in range(i_n * BN, tl.minimum((i_n + 1) * BN, n), STRIP):
+            j = j0 + tl.arange(0, STRIP)
+            at_sums = out.column_sums + i_m.to(tl.int64) * n + j
+            added = tl.sum(tl.where(own_j[:, None] == j[None, :], p[:, None], 0.0), 0)
+            tl.store(at_sums, tl.load(at_sums, mask=j < n, other=0.0) + added, mask=j < n)
 
 
 @triton.jit(do_not_specialize=["start", "stop", "n"])
 def weights_kernel(
     problem, queries_tma, keys_tma, rows, columns, own_gradient, slopes, extents, out, start, stop, n, target_stride,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, SLOTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """G of rows [start, stop) into the target [stop − start, n], and its sums that are asked for: see `Out`.
 
@@ -335,41 +349,41 @@ def weights_kernel(
     i, j = start + i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_i, m_j = i < stop, j < n
     guided = guide_mask(problem, i, j, m_i, m_j, BK, PRECISION, UPCAST)
-    raw = products(problem, queries_tma, keys_tma, i, j, m_i, m_j, BK, PRECISION, UPCAST, ALIGNED)
+    whole = products(problem, queries_tma, keys_tma, i, j, m_i, m_j, BK, PRECISION, UPCAST, ALIGNED)
     factor = factor_of(extents, UNIT, SLOTS)
-    own_dot = 0.0
-    if out.dots is not None and own_gradient is not None:
-        m_own, own_j, p = _own_tile(own_gradient, problem, factor, i, j, m_i, n)
-        if tl.max(m_own.to(tl.int32), 0) > 0:
-            own_dot += tl.sum(p * tl.sum(tl.where(own_j[:, None] == j[None, :], raw, 0.0), 1), 0)
+    if own_gradient is not None:
+        m_own, own_j = own_here(problem, i, j, m_i, n)
+        any_own = tl.max(m_own.to(tl.int32), 0) > 0
+        own_raw = tl.zeros((BM,), tl.float32)
+        if any_own:
+            own_raw = own_entry(whole, own_j, j)
+    row_sums, dots = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    if rows.high is not None:
+        r, g = _softmax(rows, i, m_i)
+        g *= factor
     if rows.high is not None and columns.high is not None:
         # g·exp(L − r) + h·exp(L − c) = exp(L − r) · (g + h·exp(r − c)): one exponential an entry, and exp(r − c) is a
         # row's number times a column's. What underflows in exp(L − r) matters to no column while no r − c exceeds 60.
-        r, g = _softmax(rows, i, m_i)
-        c, h = _softmax(columns, j, m_j)
         top = tl.max(tl.where(m_i & (r != FLT_MAX), r, -FLT_MAX), 0)
-        bottom = tl.min(tl.where(m_j, c, FLT_MAX), 0)
-        if top - bottom <= WIDEST:
-            u = tl.where(m_i & (r != FLT_MAX), tl.exp(r - top), 0.0)
-            v = tl.where(c == FLT_MAX, 0.0, factor * h * tl.exp(top - c))
-            tile = logits(problem, raw, guided, i, j, m_i, m_j, n)
-            tile = tl.exp(tile - r[:, None]) * ((factor * g)[:, None] + u[:, None] * v[None, :])
-            dot = _store_weights(
-                tile, raw, own_gradient, problem, factor, out, i_m, i, j, m_i, m_j, start, n, target_stride
-            )
-        else:
-            dot = _store_weights_by_strips(
-                problem, rows, columns, own_gradient, factor, out, i, m_i, i_m, i_n, start, n, target_stride,
-                BN, BK, PRECISION, UPCAST, ALIGNED,
-            )  # fmt: skip
-    else:
-        tile = logits(problem, raw, guided, i, j, m_i, m_j, n)
-        if rows.high is not None:
-            r, g = _softmax(rows, i, m_i)
-            tile = (factor * g)[:, None] * tl.exp(tile - r[:, None])
-        elif columns.high is not None:
+        narrow = top - tl.min(_softmax(columns, j, m_j)[0], 0) <= WIDEST
+        u = tl.where(m_i & (r != FLT_MAX), tl.exp(r - top), 0.0)
+    for p in tl.static_range(PARTS):
+        raw, j = part(whole, p, PARTS), i_n * BN + p * (BN // PARTS) + tl.arange(0, BN // PARTS)
+        m_j = j < n
+        tile = logits(problem, raw, guided_part(problem, guided, p, PARTS), i, j, m_i, m_j, n)
+        if columns.high is not None:
             c, h = _softmax(columns, j, m_j)
-            tile = (factor * h)[None, :] * tl.exp(tile - c[None, :])
+            h *= factor
+        if rows.high is not None and columns.high is not None:
+            if narrow:
+                v = tl.where(c == FLT_MAX, 0.0, h * tl.exp(top - c))
+                tile = tl.exp(tile - r[:, None]) * (g[:, None] + u[:, None] * v[None, :])
+            else:
+                tile = g[:, None] * tl.exp(tile - r[:, None]) + h[None, :] * tl.exp(tile - c[None, :])
+        elif rows.high is not None:
+            tile = g[:, None] * tl.exp(tile - r[:, None])
+        elif columns.high is not None:
+            tile = h[None, :] * tl.exp(tile - c[None, :])
         else:
             tile = tl.zeros_like(tile)
         if slopes.slope is not None:
@@ -378,21 +392,73 @@ def weights_kernel(
             if slopes.delta is not None:
                 slope -= tl.load(slopes.delta + i, mask=m_i, other=0.0)[:, None]
             tile *= slope
+        if out.target is not None:
+            store_tile(tile, out.target, target_stride, i, j, m_i, m_j, start)
+        if out.column_sums is not None:
+            sums = tl.sum(tl.where(m_i[:, None], tile, 0.0), 0)
+            tl.store(out.column_sums + i_m.to(tl.int64) * n + j, sums, mask=m_j)
         if out.row_sums is not None:
-            at = out.row_sums + i_n.to(tl.int64) * (stop - start) + (i - start)
-            tl.store(at, tl.sum(tl.where(m_j[None, :], tile, 0.0), 1), mask=m_i)
-        dot = _store_weights(
-            tile, raw, own_gradient, problem, factor, out, i_m, i, j, m_i, m_j, start, n, target_stride
-        )
+            row_sums += tl.sum(tl.where(m_j[None, :], tile, 0.0), 1)
+        if out.dots is not None:
+            dots += tl.sum(tl.where(m_j[None, :], tile * raw, 0.0), 1)
+        between_parts(PARTS)
+    if own_gradient is not None:  # noqa: SIM102 (decided by the compiler, which must not see what lies inside)
+        if any_own:
+            value, p_own = _own_weights(problem, rows, columns, own_gradient, factor, own_raw, m_own, own_j, i)
+            dots += p_own * own_raw
+            _put_own(value, p_own, out, own_j, m_own, i_m, i_n, i, n, start, target_stride, BN)
+    at_rows = i_n.to(tl.int64) * (stop - start) + (i - start)
+    if out.row_sums is not None:
+        tl.store(out.row_sums + at_rows, row_sums, mask=m_i)
     if out.dots is not None:
-        tl.store(out.dots + tl.program_id(0), (dot + own_dot).to(tl.float64))
+        tl.store(out.dots + at_rows, dots, mask=m_i)
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
 
-# Beside a GEMM these epilogues need registers: 128 × 128 with 8 warps leaves room for two programs a multiprocessor,
-# so that the exponentials of one run beside the products of the other.
-TABLE: dict[str, Ladder] = {}
+
+def _table() -> dict[str, Ladder]:
+    """What the registers allow, by compiling: not measured on any GPU yet.
+
+    A tile of 128 × 256 reads 85 flop a byte from the second-level cache, one of 128 × 128 64, one of 64 × 64 32: the
+    larger the better, except that a small matrix has to have a tile for each multiprocessor. With one epilogue in
+    flight a thread has 128 products; what else it keeps decides how many more fit.
+    """
+    table: dict[str, Ladder] = {}
+    for arch, bk in (("sm_80", 32), ("sm_90", 64), ("sm_100", 64)):
+        tma = arch != "sm_80"
+        small, thin = Config(64, 64, bk, 4, 3), Config(64, 128, bk, 8, 3)
+        square = Config(128, 128, bk, 8, 3)
+        lse: dict[str, Ladder] = {
+            "sm_80": ((SMALL, small), (ANY, square)),
+            "sm_90": ((SMALL, small), (MEDIUM, square), (ANY, Config(256, 128, bk, 8, 4, tma=True))),
+            "sm_100": ((SMALL, small), (MEDIUM, thin), (ANY, replace(square, tma=True))),
+        }
+        table[f"lse half {arch}"] = lse[arch]
+        table[f"lse half masked {arch}"] = ((SMALL, small), (ANY, thin if arch == "sm_100" else square))
+        table[f"lse half guide {arch}"] = ((ANY, thin),)
+
+        small, thin, square = replace(small, parts=4), replace(thin, parts=4), replace(square, parts=8)
+        wide = Config(128, 256, bk, 8, 3, parts=8, tma=True)
+        large = ((ANY, wide if tma else square),)
+        table[f"weights half {arch}"] = ((SMALL, small), (MEDIUM, square), *large)
+        table[f"weights dots half {arch}"] = ((SMALL, small), (MEDIUM, square), (ANY, replace(square, tma=tma)))
+        table[f"weights half masked {arch}"] = ((SMALL, small), (ANY, square if tma else thin))
+        table[f"weights half guide {arch}"] = ((ANY, replace(thin, parts=8)),)
+        for extra in EXTRAS:
+            table[f"slopes half{extra} {arch}"] = ((ANY, thin),)
+            table[f"weights dots half{extra} {arch}"] = table.get(
+                f"weights dots half{extra} {arch}", table[f"weights half{extra} {arch}"]
+            )
+            for kernel in ("lse", "weights", "weights dots", "slopes"):
+                parts = 1 if kernel == "lse" else 8 if extra == " guide" else 4
+                table[f"{kernel} tf32{extra} {arch}"] = ((ANY, Config(64, 128, 32, 8, 3, parts=parts)),)
+                exact = Config(64, 64, 16, 8, 2, parts=min(parts, 4), registers=224)
+                table[f"{kernel} float32{extra} {arch}"] = ((ANY, exact),)
+    return table
+
+
+TABLE = _table()
 
 PARTS_BYTES = 64 << 20  # of the tiles' partial results at a time; more rows than that go in panels
 
@@ -481,12 +547,13 @@ def weights(
     config: Config | None = None,
 ) -> Out:
     """Fills `target` with factor · G of rows `start`…, and sums of it that are asked for."""
-    config = config or config_for(OP, TABLE, "weights" if slopes.slope is None else "slopes", problem)
+    kernel = "slopes" if slopes.slope is not None else "weights dots" if dots else "weights"
+    config = config or config_for(OP, TABLE, kernel, problem)
     row_tiles, column_tiles = (triton.cdiv(*pair) for pair in zip(target.shape, (config.BM, config.BN), strict=True))
     out = Out(
         target,
         torch.empty(row_tiles, target.shape[1], dtype=torch.float32, device=target.device) if sums else None,
-        torch.empty(row_tiles * column_tiles, dtype=torch.float64, device=target.device) if dots else None,
+        torch.empty(column_tiles, target.shape[0], dtype=torch.float32, device=target.device) if dots else None,
     )
     weights_launch(config, problem, rows, columns, own_gradient, slopes, extents, out, start, target.shape[0]).run()
     return out
@@ -501,3 +568,94 @@ def mix_sums(problem: Problem, rows: Softmax, slope: Tensor, start: int, config:
     weights_launch(config, problem, rows, Softmax(), None, Slopes(slope), None, out, start, count).run()
     sum_launch(parts, sums).run()
     return sums
+
+
+# --------------------------------------------------------------------------------------------------- tuning, compiling
+
+
+def autotune(m: int, n: int, d: int, dtype: torch.dtype = torch.bfloat16, write: bool = False) -> dict[str, Any]:
+    """Times every configuration of the tables for this device on an [m, n] problem of width d, on the device; returns
+    name → [(milliseconds, config)], fastest first. `write`: the fastest serves from now on for every size."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    queries, keys = (torch.randn(count, d, device=device, dtype=dtype) * d**-0.5 for count in (m, n))
+    none = SimpleNamespace(
+        query_ids=None, key_ids=None, positives=None, guide_queries=None, guide_keys=None, guide_limit=None
+    )
+    problem = problem_of(queries, keys, torch.full((), 20.0, device=device), None, none)
+    r, c = (Lse(*torch.zeros(2, count, device=device)) for count in (m, n))
+    ones = [torch.ones(count, device=device) for count in (m, n)]
+    softmax = [Softmax(g, one.high, one.low) for g, one in zip(ones, (r, c), strict=True)]
+    rows = min(m, max(128, (256 << 20) // (n * 4) // 128 * 128))
+    target = torch.empty(rows, n, device=device, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
+    launches = {
+        "lse": lambda config: partial(lse, problem, r, c, None, False, config),
+        "weights": lambda config: partial(weights, problem, *softmax, None, None, target, 0, config=config),
+        "weights dots": lambda config: partial(
+            weights, problem, *softmax, None, None, target, 0, dots=True, config=config
+        ),
+    }
+    arch = architecture(torch.cuda.get_device_capability(device))
+    timed = {}
+    for kernel, launch in launches.items():
+        name = ladder_name(kernel, problem)
+        alike = [rungs for key, rungs in TABLE.items() if key.endswith(arch) and kind_of(dtype) in key.split()]
+        candidates = {config for rungs in alike for _, config in rungs if not config.tma or describable(problem)}
+        timed[name] = time_configs(launch, sorted(candidates, key=described))
+    if write:
+        write_tuned(OP, device, {name: [(ANY, found[0][1])] for name, found in timed.items() if found})
+    return timed
+
+
+def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """Each configuration with the variants that matter: which directions, own logits, sums."""
+    n = 4096
+    vector, sums = meta(n), meta(32, n)
+    parts = Parts(sums, sums)
+    for kind, dtype, constants in kinds():
+        for extra in EXTRAS if kind == "half" else (" guide",):
+            problem = meta_problem(dtype, extra)
+            for config in distinct(TABLE, f"lse {kind}{extra}", capability):
+                directions = {"both": (parts, parts)}
+                if kind == "half" and not extra:
+                    directions |= {"rows": (parts, Parts()), "columns": (Parts(), parts)}
+                for name, wanted in directions.items():
+                    own = None if name == "columns" else vector
+                    launch = lse_launch(config, problem, own, *wanted, False, 0, n)
+                    yield _case(f"lse {kind}{extra} {name}", config, launch, constants)
+            yield from _weights_cases(kind, extra, problem, constants, capability)
+    best = Parts(sums, sums, meta(32, n, dtype=torch.int32))
+    config = next(distinct(TABLE, "lse half masked", capability))
+    launch = lse_launch(config, meta_problem(torch.bfloat16, " masked"), vector, best, best, True, 0, n)
+    yield _case("lse half masked both best", config, launch, {})
+    lse_best = Lse(vector, vector, meta(n, dtype=torch.int64))
+    for finish in (False, True):
+        yield Case(f"merge {finish}", merge_launch(best, lse_best, best, lse_best, 1, finish), False)
+
+
+def _weights_cases(kind, extra, problem, constants, capability) -> Iterator[Case]:
+    n = 4096
+    vector, sums = meta(n), meta(32, n)
+    softmax, target = (
+        Softmax(vector, vector, vector),
+        meta(n, n, dtype=torch.float16 if kind == "half" else torch.float32),
+    )
+    extents = meta(5, 128) if kind == "half" else None
+    plain = kind == "half" and not extra
+    for kernel in ("weights", "weights dots", "slopes") if kind == "half" else ("weights dots", "slopes"):
+        for config in distinct(TABLE, f"{kernel} {kind}{extra}", capability):
+            out = Out(target, None if plain else sums, None if kernel == "weights" else sums)
+            directions = {"both": (softmax, softmax), "rows": (softmax, Softmax())}
+            slopes = Slopes()
+            if kernel == "slopes":
+                slopes = Slopes(target if kind != "half" else meta(n, n), vector)
+            if kernel == "slopes" or not plain:
+                directions.pop("both" if kernel == "slopes" else "rows")
+            for name, wanted in directions.items():
+                own = None if kernel == "slopes" else vector
+                launch = weights_launch(config, problem, *wanted, own, slopes, extents, out, 0, n)
+                yield _case(f"{kernel} {kind}{extra} {name}", config, launch, constants)
+
+
+def _case(name: str, config: Config, launch: Launch, constants: dict[str, str]) -> Case:
+    launch = launch._replace(constants={**launch.constants, **constants})
+    return Case(f"{name} {described(config)}", launch, constants.get("PRECISION") != "ieee")

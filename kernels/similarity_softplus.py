@@ -6,6 +6,9 @@ G_ij = factor · g_i · (σ(L_ij) − y_ij)               without cancellation: 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +17,30 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    ANY,
+    EXTRAS,
+    MEDIUM,
+    SMALL,
+    Case,
     Config,
     Ladder,
     Launch,
     Problem,
+    between_parts,
     config_for,
+    described,
     descriptors,
+    distinct,
     factor_of,
     guide_mask,
+    guided_part,
+    kinds,
     logits,
+    meta,
+    meta_problem,
     options,
     own_column,
+    part,
     products,
     store_tile,
     sum_launch,
@@ -45,11 +61,11 @@ class Pairs(NamedTuple):
 
 
 class Out(NamedTuple):
-    """Where weights go: G of a chunk, and of each tile ΣG and Σ_ij G_ij ⟨q_i, k_j⟩, of G unrounded."""
+    """Where weights go: G of a chunk, and of each tile Σ_j G_ij and Σ_j G_ij ⟨q_i, k_j⟩, of G unrounded."""
 
     target: Tensor | None = None  # [rows, N]
-    totals: Tensor | None = None  # [tiles] fp64
-    dots: Tensor | None = None  # [tiles] fp64
+    totals: Tensor | None = None  # [column tiles, rows] fp32
+    dots: Tensor | None = None  # [column tiles, rows] fp32
 
 
 @triton.jit
@@ -84,50 +100,66 @@ def _log1p(e, inverse):
     return 2.0 * s * series
 
 
-@triton.jit
-def _entry(x, y, counts):
-    e = tl.exp(-tl.abs(x))
-    inverse = 1.0 / ((1.0 + e) * (2.0 + e))
-    loss = tl.maximum(x, 0.0) - y * x + _log1p(e, inverse)
-    smaller = e * (2.0 + e) * inverse  # σ(−|x|)
-    slope = tl.where(x >= 0.0, (1.0 - y) - smaller, smaller - y)
-    return tl.where(counts, loss, 0.0), tl.where(counts, slope, 0.0)
-
-
 @triton.jit(do_not_specialize=["start", "stop", "n"])
 def softplus_kernel(
     problem, queries_tma, keys_tma, bias, pairs, gradient, extents, rows, out, start, stop, n, target_stride,
     y_stride_i, y_stride_j, high, low,
-    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, SLOTS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr, UPCAST: tl.constexpr, ALIGNED: tl.constexpr, UNIT: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Rows [start, stop): row sums of each tile [column tiles, stop − start]; with a gradient also what `Out` says."""
     i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(stop - start, BM), tl.cdiv(n, BN), GROUP)
     i, j = start + i_m * BM + tl.arange(0, BM), i_n * BN + tl.arange(0, BN)
     m_i, m_j = i < stop, j < n
     guided = guide_mask(problem, i, j, m_i, m_j, BK, PRECISION, UPCAST)
-    raw = products(problem, queries_tma, keys_tma, i, j, m_i, m_j, BK, PRECISION, UPCAST, ALIGNED)
-    tile = logits(problem, raw, guided, i, j, m_i, m_j, n) + tl.load(bias).to(tl.float32)
-    y = _targets(problem, pairs, y_stride_i, y_stride_j, high, low, i, j, m_i, m_j, n)
-    counts = m_i[:, None] & m_j[None, :]
-    if problem.query_ids is not None or problem.guide_queries is not None:
-        counts &= tile != -float("inf")
-    at = i_n.to(tl.int64) * (stop - start) + (i - start)
-    if gradient is None:
-        loss, _ = by_entry(_entry, tile, y, counts, MAP)
-        tl.store(rows + at, tl.sum(loss, 1), mask=m_i)
-    else:
-        loss, slope = tl.map_elementwise(_entry, tile, y, counts)
-        tl.store(rows + at, tl.sum(loss, 1), mask=m_i)
+    whole = products(problem, queries_tma, keys_tma, i, j, m_i, m_j, BK, PRECISION, UPCAST, ALIGNED)
+    loss_sum, slope_sum, dot_sum = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
+    if gradient is not None:
         g = factor_of(extents, UNIT, SLOTS) * tl.load(gradient + i, mask=m_i, other=0.0).to(tl.float32)
-        slope *= g[:, None]
-        store_tile(slope, out.target, target_stride, i, j, m_i, m_j, start)
-        tl.store(out.totals + at, tl.sum(slope, 1), mask=m_i)
+    for p in tl.static_range(PARTS):
+        raw, j = part(whole, p, PARTS), i_n * BN + p * (BN // PARTS) + tl.arange(0, BN // PARTS)
+        m_j = j < n
+        x = logits(problem, raw, guided_part(problem, guided, p, PARTS), i, j, m_i, m_j, n) + tl.load(bias).to(
+            tl.float32
+        )
+        counts = (x != -float("inf")) & m_j[None, :]
+        y = _targets(problem, pairs, y_stride_i, y_stride_j, high, low, i, j, m_i, m_j, n)
+        e = tl.exp(-tl.abs(x))
+        inverse = 1.0 / ((1.0 + e) * (2.0 + e))
+        loss_sum += tl.sum(tl.where(counts, tl.maximum(x, 0.0) - y * x + _log1p(e, inverse), 0.0), 1)
+        if gradient is not None:
+            smaller = e * (2.0 + e) * inverse  # σ(−|x|)
+            slope = g[:, None] * tl.where(x >= 0.0, (1.0 - y) - smaller, smaller - y)
+            slope = tl.where(counts, slope, 0.0)
+            store_tile(slope, out.target, target_stride, i, j, m_i, m_j, start)
+            slope_sum += tl.sum(slope, 1)
+            if out.dots is not None:
+                dot_sum += tl.sum(slope * raw, 1)
+        between_parts(PARTS)
+    at = i_n.to(tl.int64) * (stop - start) + (i - start)
+    tl.store(rows + at, loss_sum, mask=m_i)
+    if gradient is not None:
+        tl.store(out.totals + at, slope_sum, mask=m_i)
         if out.dots is not None:
-            tl.store(out.dots + at, tl.sum(slope * raw, 1), mask=m_i)
+            tl.store(out.dots + at, dot_sum, mask=m_i)
 
 
-TABLE: dict[str, Ladder] = {}
+def _table() -> dict[str, Ladder]:
+    """What the registers allow, by compiling: not measured on any GPU yet. See similarity_lse."""
+    table: dict[str, Ladder] = {}
+    for arch, bk in (("sm_80", 32), ("sm_90", 64), ("sm_100", 64)):
+        small, square = Config(64, 64, bk, 4, 3, parts=4), Config(128, 128, bk, 8, 3, parts=8)
+        for extra in EXTRAS:
+            table[f"softplus half{extra} {arch}"] = (
+                (SMALL, small), (MEDIUM, square), (ANY, replace(square, tma=arch != "sm_80")),
+            )  # fmt: skip
+            table[f"softplus tf32{extra} {arch}"] = ((ANY, Config(64, 128, 32, 8, 3, parts=4)),)
+            table[f"softplus float32{extra} {arch}"] = ((ANY, Config(64, 64, 16, 8, 2, parts=4, registers=224)),)
+        table[f"softplus half guide {arch}"] = ((ANY, Config(64, 128, 32, 8, 3, parts=4)),)
+    return table
+
+
+TABLE = _table()
 
 PARTS_BYTES = 64 << 20  # of the tiles' row sums at a time
 
@@ -170,13 +202,40 @@ def softplus(
 ) -> Out:
     """Row sums of rows `start`… into `sums`; with a gradient also factor · G into `target`, and sums of it."""
     config = config or config_for(OP, TABLE, "softplus", problem)
-    row_tiles, column_tiles = triton.cdiv(sums.shape[0], config.BM), triton.cdiv(problem.keys.shape[0], config.BN)
-    rows = torch.empty(column_tiles, sums.shape[0], dtype=torch.float32, device=sums.device)
+    shape = triton.cdiv(problem.keys.shape[0], config.BN), sums.shape[0]
 
     def per_tile(wanted: bool) -> Tensor | None:
-        return torch.empty(row_tiles * column_tiles, dtype=torch.float64, device=sums.device) if wanted else None
+        return torch.empty(shape, dtype=torch.float32, device=sums.device) if wanted else None
 
-    out = Out(target, per_tile(gradient is not None), per_tile(dots))
+    rows, out = per_tile(True), Out(target, per_tile(gradient is not None), per_tile(dots))
     softplus_launch(config, problem, bias.detach(), targets, gradient, extents, rows, out, start).run()
     sum_launch(rows, sums).run()
     return out
+
+
+def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
+    """Each configuration with what says which pairs are positive; sums alone once."""
+    n = 4096
+    vector, sums, integers = meta(n), meta(32, n), meta(n, dtype=torch.int64)
+    positive = {
+        "own": SimpleNamespace(dense=None, query_labels=None, key_labels=None, high=1.0, low=0.0),
+        "labels": SimpleNamespace(dense=None, query_labels=integers, key_labels=integers, high=0.9, low=0.1),
+        "dense": SimpleNamespace(dense=meta(n, n), query_labels=None, key_labels=None, high=1.0, low=0.0),
+    }
+    for kind, dtype, constants in kinds():
+        target = meta(n, n, dtype=torch.float16 if kind == "half" else torch.float32)
+        extents, out = meta(5, 128) if kind == "half" else None, Out(target, sums, sums)
+        for extra in EXTRAS if kind == "half" else (" guide",):
+            problem = meta_problem(dtype, extra)._replace(key_bias=None)
+            for config in distinct(TABLE, f"softplus {kind}{extra}", capability):
+                for name in positive if not extra else ("labels", "dense") if extra == " masked" else ("labels",):
+                    launch = softplus_launch(config, problem, meta(), positive[name], vector, extents, sums, out, 0)
+                    launch = launch._replace(constants={**launch.constants, **constants})
+                    units = constants.get("PRECISION") != "ieee"
+                    yield Case(f"softplus {kind}{extra} {name} {described(config)}", launch, units)
+    config = next(distinct(TABLE, "softplus half", capability))
+    launch = softplus_launch(
+        config, meta_problem(torch.bfloat16, ""), meta(), positive["own"], None, None, sums, Out(), 0
+    )
+    yield Case(f"softplus half sums {described(config)}", launch, True)
+    yield Case("sum", sum_launch(sums, vector), False)

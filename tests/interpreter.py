@@ -16,7 +16,7 @@ from fastcontrast.kernels._common import Config
 
 from fastcontrast.ops import _device_sweep
 
-TILE = Config(32, 32, 16, warps=4, stages=1, group=2)
+TILE = Config(32, 32, 16, warps=4, stages=1, group=2, parts=2)
 
 
 @contextlib.contextmanager

@@ -292,7 +292,7 @@ def test_a_second_gradient_is_refused():
             gradient.sum().backward()
 
 
-# ------------------------------------------------------------------------------------------------ the schedule's choices
+# ----------------------------------------------------------------------------------------------- the schedule's choices
 
 
 def test_no_product_is_spent_on_what_needs_no_gradient():

@@ -1,6 +1,7 @@
 """Losses: functions, and modules that hold a scale and settings. All are algebra on `ops.similarity_lse`."""
 
 from .clip import ClipLoss, clip_loss
+from .distill import DistillLoss, distill_loss
 from .info_nce import InfoNCELoss, info_nce
 from .multi_positive import MultiPositiveLoss, SupConLoss, multi_positive_loss, supcon_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
@@ -8,12 +9,14 @@ from .siglip import SigLipLoss, siglip_loss
 
 __all__ = [
     "ClipLoss",
+    "DistillLoss",
     "InfoNCELoss",
     "MultiPositiveLoss",
     "NTXentLoss",
     "SigLipLoss",
     "SupConLoss",
     "clip_loss",
+    "distill_loss",
     "info_nce",
     "multi_positive_loss",
     "nt_xent_loss",

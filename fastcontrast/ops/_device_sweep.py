@@ -176,8 +176,8 @@ class Gradients:
 
     def total(self, parts: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Their sum, 0-dim, in float64 until it is complete."""
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-        return self.operands.undone(whole.sum().float()).to(dtype)
+        sums = [part.sum(dtype=torch.float64) for part in parts]
+        return self.operands.undone(sum(sums[1:], sums[0]).float()).to(dtype)
 
 
 def _empty_like(x: Tensor) -> Tensor:

