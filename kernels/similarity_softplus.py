@@ -155,7 +155,10 @@ def _table() -> dict[str, Ladder]:
             )  # fmt: skip
             table[f"softplus tf32{extra} {arch}"] = ((ANY, Config(64, 128, 32, 8, 3, parts=4)),)
             table[f"softplus float32{extra} {arch}"] = ((ANY, Config(64, 64, 16, 8, 2, parts=4, registers=224)),)
-        table[f"softplus half guide {arch}"] = ((ANY, Config(64, 128, 32, 8, 3, parts=4)),)
+        thin = Config(64, 128, bk, 8, 3, parts=4)
+        table[f"softplus half guide {arch}"] = ((ANY, thin),)
+        if arch == "sm_100":
+            table[f"softplus half masked {arch}"] = ((SMALL, small), (ANY, thin))
     return table
 
 
