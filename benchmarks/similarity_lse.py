@@ -187,6 +187,18 @@ def pre_training_65536() -> Workload:
     return Workload("clip 65536", shape, TINY, make_batch, partial(truth, "clip"), providers, floors, bars, alone=True)
 
 
+def one_direction(name: str, bars: tuple[Bar, ...] = (), **options) -> Workload:
+    """A mean over rows alone: gradients are formed a chunk of rows at a time, from logits that are still there."""
+    shape = named(name)
+    logits = 4 * shape.m * shape.n
+    providers = {
+        "fastcontrast": provider(lambda: info_nce, *ALL, memory=True),
+        "dense torch": provider(lambda: dense_info_nce, *ALL, memory=True, needs=5 * logits),
+    }
+    exact = partial(truth, "info_nce")
+    return Workload(f"info_nce {shape.n}", shape, TINY, make_batch, exact, providers, floor(3), bars, **options)
+
+
 def frozen_keys(name: str, bars: tuple[Bar, ...] = (), **options) -> Workload:
     """One direction, keys without gradient: image towers under locked text, queues, classifiers of class names."""
     shape = named(name)
@@ -251,6 +263,7 @@ def workloads(quick: bool) -> list[Workload]:
             clip("batch_2048", kept=True, compile=False),
             *(small_batch(f"batch_{n}", compile=False) for n in (128, 1024)),
             id_masks("batch_2048"),
+            one_direction("batch_2048"),
             frozen_keys("batch_2048"),
             few,
             classes(Shape("classes_1024", 1024, 1024, 128)),
@@ -268,6 +281,7 @@ def workloads(quick: bool) -> list[Workload]:
         *(views(named(f"batch_{n}"), "dense torch", bars=NEVER_SLOWER, reps=15) for n in sizes),
         *(classes(named(f"batch_{n}"), bars=NEVER_SLOWER, reps=15) for n in sizes),
         id_masks("batch_8192"),
+        one_direction("batch_8192", (Bar(ours, "3 products", at_most=1.15),), reps=5),
         frozen_keys("batch_8192", (Bar(ours, "2 products", at_most=1.15),), reps=5),
         views(named("batch_8192"), reps=5),
         views(Shape("views_4096", 4096, 4096, 128), *three_rivals[:2], reps=5),

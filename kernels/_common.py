@@ -7,9 +7,10 @@ the second-level cache. Every scalar is read from device memory: nothing here ma
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -104,8 +105,8 @@ def product(
                 x, y = x.to(tl.float32), y.to(tl.float32)
             acc = tl.dot(x, y.T, acc, input_precision=PRECISION)
     else:
-        if ALIGNED:  # multiples of 8 elements, which Triton does not see by itself, also load 16 bytes at a time
-            a_stride, b_stride, d = tl.multiple_of(a_stride, 8), tl.multiple_of(b_stride, 8), tl.multiple_of(d, 8)
+        if ALIGNED:  # rows of 8 · odd elements load 16 bytes at a time too, once the compiler sees the 8
+            a_stride, b_stride, d = a_stride // 8 * 8, b_stride // 8 * 8, d // 8 * 8
         o_d = tl.arange(0, BK)
         p_a = a + i.to(tl.int64)[:, None] * a_stride + o_d[None, :]
         p_b = b + j.to(tl.int64)[None, :] * b_stride + o_d[:, None]
@@ -374,10 +375,7 @@ def architecture(capability: tuple[int, int]) -> str:
 
 def ladder(op: str, table: dict[str, Ladder], name: str, device: torch.device) -> Ladder:
     """Measured winners for this GPU if there are any, else the table's."""
-    if device.type != "cuda":
-        return table[f"{name} sm_80"]
-    index = torch.cuda.current_device() if device.index is None else device.index
-    gpu, capability = _gpu(index)
+    gpu, capability = gpu_of(device)
     return _tuned(gpu, op).get(name) or table[f"{name} {architecture(capability)}"]
 
 
@@ -401,6 +399,13 @@ def pick(rungs: Ladder, problem: Problem) -> Config:
     return next((config for limit, config in rungs if entries <= limit), rungs[-1][1])
 
 
+def gpu_of(device: torch.device) -> tuple[str, tuple[int, int]]:
+    """Name, as a folder of `tuned`, and compute capability."""
+    if device.type != "cuda":
+        return "interpreter", (8, 0)
+    return _gpu(torch.cuda.current_device() if device.index is None else device.index)
+
+
 @cache
 def _gpu(index: int) -> tuple[str, tuple[int, int]]:
     name = torch.cuda.get_device_name(index).lower().replace(" ", "-")
@@ -416,33 +421,54 @@ def _tuned(gpu: str, op: str) -> dict[str, Ladder]:
     if not path.exists():
         return {}
     return {
-        name: tuple((limit, Config(**config)) for limit, config in rungs)
+        name: tuple((ANY if limit is None else limit, Config(**config)) for limit, config in rungs)
         for name, rungs in json.loads(path.read_text()).items()
     }
 
 
-def time_configs(
-    launches: Callable[[Config], Callable[[], None]], candidates: Iterable[Config]
-) -> list[tuple[float, Config]]:
-    """Milliseconds of each candidate on the present device, fastest first; one that cannot launch is left out."""
-    timed = []
-    for config in candidates:
-        try:
-            timed.append((triton.testing.do_bench(launches(config)), config))
-        except triton.runtime.errors.OutOfResources:
-            continue
-    return sorted(timed, key=lambda pair: pair[0])
+def autotune(
+    op: str,
+    table: dict[str, Ladder],
+    launches: dict[str, Callable[[Config], Callable[[], None]]],
+    problem: Problem,
+    write: bool,
+) -> dict[str, list[tuple[float, Config]]]:
+    """Times each kernel of `launches` with every configuration that the table has for such inputs on this device.
+
+    Returns ladder name → [(milliseconds, config)], the fastest first; a configuration that does not fit is left out.
+    `write`: the fastest serves from now on for every size, from kernels/tuned/<gpu>/<op>.json.
+    """
+    gpu, capability = gpu_of(problem.queries.device)
+    kind, arch = kind_of(problem.queries.dtype), architecture(capability)
+    alike = {config for name, rungs in table.items() if {kind, arch} <= {*name.split()} for _, config in rungs}
+    candidates = sorted((config for config in alike if not config.tma or describable(problem)), key=described)
+    timed = {}
+    for kernel, launch in launches.items():
+        found = []
+        for config in candidates:
+            with contextlib.suppress(triton.runtime.errors.OutOfResources):
+                found.append((triton.testing.do_bench(launch(config)), config))
+        timed[ladder_name(kernel, problem)] = sorted(found, key=lambda pair: pair[0])
+    if write:
+        _write_tuned(gpu, op, {name: [(None, found[0][1])] for name, found in timed.items() if found})
+    return timed
 
 
-def write_tuned(op: str, device: torch.device, winners: dict[str, list[tuple[float, Config]]]) -> Path:
-    """Merges winning ladders by name into kernels/tuned/<gpu>/<op>.json."""
-    path = TUNED / _gpu(device.index or 0)[0] / f"{op}.json"
+def random_problem(m: int, n: int, d: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Unit vectors or so, nothing masked: what `autotune` times."""
+    queries, keys = (torch.randn(count, d, device=device, dtype=dtype) * d**-0.5 for count in (m, n))
+    sizes = (d, queries.stride(0), keys.stride(0), 0, 0, 0)
+    return Problem(queries, keys, torch.full((), 20.0, device=device), *(None,) * 7, *sizes)
+
+
+def _write_tuned(gpu: str, op: str, winners: dict[str, list[tuple[float | None, Config]]]) -> None:
+    """Merges ladders by name into the file; a limit of None is no limit."""
+    path = TUNED / gpu / f"{op}.json"
     known = json.loads(path.read_text()) if path.exists() else {}
     known |= {name: [[limit, asdict(config)] for limit, config in rungs] for name, rungs in winners.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known, indent=2) + "\n")
     _tuned.cache_clear()
-    return path
 
 
 # -------------------------------------------------------------------------------------------------------- compile cases
@@ -472,16 +498,15 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def meta_problem(dtype: torch.dtype, extra: str, positives: bool = True) -> Problem:
+def meta_problem(dtype: torch.dtype, extra: str, d: int = 768) -> Problem:
     """A problem for the compiler: with ids and a bias if `extra` says masked, with a guide too if it says that."""
-    n, d = 4096, 768
+    n = 4096
     integers, guide = meta(n, dtype=torch.int64), meta(n, d, dtype=dtype)
     ids = integers if extra else None
     guides = (guide, guide, meta(n)) if extra == " guide" else (None, None, None)
-    own = integers if positives or extra else None
     features = meta(n, d, dtype=dtype)
     sizes = (d, d, d) * 2 if guides[0] is not None else (d, d, d, 0, 0, 0)
-    return Problem(features, features, meta(), meta(n) if extra else None, ids, ids, own, *guides, *sizes)
+    return Problem(features, features, meta(), meta(n) if extra else None, ids, ids, integers, *guides, *sizes)
 
 
 def kinds() -> Iterator[tuple[str, torch.dtype, dict[str, str]]]:

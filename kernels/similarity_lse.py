@@ -13,8 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -35,10 +34,9 @@ from ._common import (
     Ladder,
     Launch,
     Problem,
-    architecture,
+    autotune,
     between_parts,
     config_for,
-    describable,
     described,
     descriptors,
     distinct,
@@ -46,9 +44,7 @@ from ._common import (
     finite,
     guide_mask,
     guided_part,
-    kind_of,
     kinds,
-    ladder_name,
     logits,
     meta,
     meta_problem,
@@ -56,16 +52,14 @@ from ._common import (
     own_entry,
     own_here,
     part,
-    problem_of,
     products,
+    random_problem,
     store_tile,
     sum_launch,
     tile_constants,
     tile_of,
-    time_configs,
     unit_constants,
     within,
-    write_tuned,
 )
 
 OP = "similarity_lse"
@@ -243,12 +237,12 @@ def _merge(parts, lse, program, first, last, count, FINISH: tl.constexpr, BT: tl
     for t0 in range(first, last, BT):
         t = t0 + tl.arange(0, BT)
         at, mask = t.to(tl.int64)[:, None] * count + c[None, :], (t < last)[:, None] & m_c[None, :]
-        part = tl.load(parts.reference + at, mask=mask, other=-FLT_MAX)
-        share = tl.load(parts.sum + at, mask=mask, other=0.0) * tl.exp(part - reference[None, :])
+        theirs = tl.load(parts.reference + at, mask=mask, other=-FLT_MAX)
+        share = tl.load(parts.sum + at, mask=mask, other=0.0) * tl.exp(theirs - reference[None, :])
         total += tl.sum(share.to(tl.float64), 0)
         if parts.best is not None:
             candidate = tl.load(parts.best + at, mask=mask, other=NO_INDEX)
-            best = tl.minimum(best, tl.min(tl.where(part == reference[None, :], candidate, NO_INDEX), 0))
+            best = tl.minimum(best, tl.min(tl.where(theirs == reference[None, :], candidate, NO_INDEX), 0))
     if FINISH:
         empty = total == 0.0
         exact = reference.to(tl.float64) + tl.log(tl.where(empty, 1.0, total))
@@ -481,7 +475,7 @@ def merge_launch(rows: Parts, rows_lse: Lse, columns: Parts, columns_lse: Lse, f
     column_tiles, n = (0, 0) if columns.sum is None else columns.sum.shape
     programs = triton.cdiv(row_count, BC) + triton.cdiv(n, BC)
     arguments = (rows, rows_lse, columns, columns_lse, row_tiles, row_count, first, column_tiles, n)
-    return Launch(merge_kernel, (programs,), arguments, {"BT": BT, "BC": BC, "FINISH": finish}, {"num_warps": 4})
+    return Launch(merge_kernel, (programs,), arguments, {"BT": BT, "BC": BC, "FINISH": finish}, {"num_warps": 8})
 
 
 def lse(
@@ -573,37 +567,22 @@ def mix_sums(problem: Problem, rows: Softmax, slope: Tensor, start: int, config:
 # --------------------------------------------------------------------------------------------------- tuning, compiling
 
 
-def autotune(m: int, n: int, d: int, dtype: torch.dtype = torch.bfloat16, write: bool = False) -> dict[str, Any]:
-    """Times every configuration of the tables for this device on an [m, n] problem of width d, on the device; returns
-    name → [(milliseconds, config)], fastest first. `write`: the fastest serves from now on for every size."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    queries, keys = (torch.randn(count, d, device=device, dtype=dtype) * d**-0.5 for count in (m, n))
-    none = SimpleNamespace(
-        query_ids=None, key_ids=None, positives=None, guide_queries=None, guide_keys=None, guide_limit=None
-    )
-    problem = problem_of(queries, keys, torch.full((), 20.0, device=device), None, none)
+def tune(
+    m: int, n: int, d: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", write: bool = False
+) -> dict[str, list[tuple[float, Config]]]:
+    """Times the configurations of rows and columns of an [m, n] problem of width d: see `_common.autotune`."""
+    problem = random_problem(m, n, d, dtype, torch.device(device))
     r, c = (Lse(*torch.zeros(2, count, device=device)) for count in (m, n))
-    ones = [torch.ones(count, device=device) for count in (m, n)]
-    softmax = [Softmax(g, one.high, one.low) for g, one in zip(ones, (r, c), strict=True)]
-    rows = min(m, max(128, (256 << 20) // (n * 4) // 128 * 128))
+    shares = [Softmax(torch.ones_like(one.high), one.high, one.low) for one in (r, c)]
+    rows = min(m, max(128, (256 << 20) // (4 * n) // 128 * 128))  # a chunk of the usual size
     target = torch.empty(rows, n, device=device, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
+    write_weights = partial(weights, problem, *shares, None, None, target, 0)
     launches = {
         "lse": lambda config: partial(lse, problem, r, c, None, False, config),
-        "weights": lambda config: partial(weights, problem, *softmax, None, None, target, 0, config=config),
-        "weights dots": lambda config: partial(
-            weights, problem, *softmax, None, None, target, 0, dots=True, config=config
-        ),
+        "weights": lambda config: partial(write_weights, config=config),
+        "weights dots": lambda config: partial(write_weights, dots=True, config=config),
     }
-    arch = architecture(torch.cuda.get_device_capability(device))
-    timed = {}
-    for kernel, launch in launches.items():
-        name = ladder_name(kernel, problem)
-        alike = [rungs for key, rungs in TABLE.items() if key.endswith(arch) and kind_of(dtype) in key.split()]
-        candidates = {config for rungs in alike for _, config in rungs if not config.tma or describable(problem)}
-        timed[name] = time_configs(launch, sorted(candidates, key=described))
-    if write:
-        write_tuned(OP, device, {name: [(ANY, found[0][1])] for name, found in timed.items() if found})
-    return timed
+    return autotune(OP, TABLE, launches, problem, write)
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
@@ -627,6 +606,9 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
     config = next(distinct(TABLE, "lse half masked", capability))
     launch = lse_launch(config, meta_problem(torch.bfloat16, " masked"), vector, best, best, True, 0, n)
     yield _case("lse half masked both best", config, launch, {})
+    # A width that is 8 · odd, whose loads are to be as wide as any.
+    launch = lse_launch(config, meta_problem(torch.bfloat16, "", 1000), vector, parts, parts, False, 0, n)
+    yield _case("lse half both of width 1000", config, launch, {})
     lse_best = Lse(vector, vector, meta(n, dtype=torch.int64))
     for finish in (False, True):
         yield Case(f"merge {finish}", merge_launch(best, lse_best, best, lse_best, 1, finish), False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from ._common import (
     Ladder,
     Launch,
     Problem,
+    autotune,
     between_parts,
     config_for,
     described,
@@ -42,6 +44,7 @@ from ._common import (
     own_column,
     part,
     products,
+    random_problem,
     store_tile,
     sum_launch,
     tile_constants,
@@ -216,12 +219,27 @@ def softplus(
     return out
 
 
+OWN = SimpleNamespace(dense=None, query_labels=None, key_labels=None, high=1.0, low=0.0)  # as `ops._sweep.Targets`
+
+
+def tune(
+    m: int, n: int, d: int, dtype: torch.dtype = torch.bfloat16, device: str = "cuda", write: bool = False
+) -> dict[str, list[tuple[float, Config]]]:
+    """Times the configurations on an [m, n] problem of width d, with gradient: see `_common.autotune`."""
+    problem = random_problem(m, n, d, dtype, torch.device(device))._replace(positives=torch.arange(m, device=device))
+    rows = min(m, max(128, (256 << 20) // (4 * n) // 128 * 128))  # a chunk of the usual size
+    target = torch.empty(rows, n, device=device, dtype=torch.float32 if dtype == torch.float32 else torch.float16)
+    bias, g, sums = (torch.ones(shape, device=device) for shape in ((), (m,), (rows,)))
+    launch = partial(softplus, problem, bias, OWN, g, None, target, 0, sums, dots=True)
+    return autotune(OP, TABLE, {"softplus": lambda config: partial(launch, config=config)}, problem, write)
+
+
 def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """Each configuration with what says which pairs are positive; sums alone once."""
     n = 4096
     vector, sums, integers = meta(n), meta(32, n), meta(n, dtype=torch.int64)
     positive = {
-        "own": SimpleNamespace(dense=None, query_labels=None, key_labels=None, high=1.0, low=0.0),
+        "own": OWN,
         "labels": SimpleNamespace(dense=None, query_labels=integers, key_labels=integers, high=0.9, low=0.1),
         "dense": SimpleNamespace(dense=meta(n, n), query_labels=None, key_labels=None, high=1.0, low=0.0),
     }
@@ -237,8 +255,6 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
                     units = constants.get("PRECISION") != "ieee"
                     yield Case(f"softplus {kind}{extra} {name} {described(config)}", launch, units)
     config = next(distinct(TABLE, "softplus half", capability))
-    launch = softplus_launch(
-        config, meta_problem(torch.bfloat16, ""), meta(), positive["own"], None, None, sums, Out(), 0
-    )
+    launch = softplus_launch(config, meta_problem(torch.bfloat16, ""), meta(), OWN, None, None, sums, Out(), 0)
     yield Case(f"softplus half sums {described(config)}", launch, True)
     yield Case("sum", sum_launch(sums, vector), False)

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import test_similarity_lse as everywhere
 import torch
-from fastcontrast.kernels import _common
+from fastcontrast.kernels import _common, similarity_softplus
 from fastcontrast.kernels import similarity_lse as kernel
 from fastcontrast.kernels._common import Config
 from hypothesis import given, settings
@@ -68,7 +68,7 @@ def assert_good(inputs, options, **how):
         assert_as_good_as(actual[name], truth[name], naive[name], magnitude=size)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(problems())
 def test_value_and_every_gradient(problem):
     inputs, options, schedule = problem
@@ -254,7 +254,7 @@ def test_any_strides(x):
 
 def test_results_do_not_depend_on_tiles_chunks_and_panels():
     inputs, options = biased(97, 83, 40), {"dim": "both", "return_positives": True}
-    schedules = ({}, {"workspace": 0}, {"workspace": 1 << 20}, {"parts": 0}, {"parts": 1 << 20})
+    schedules = ({}, {"workspace": 0, "parts": 1 << 20}, {"workspace": 1 << 20, "parts": 0})
     configs = (TILE, Config(64, 32, 32, 4, 1), Config(16, 64, 16, 4, 1, group=1), Config(128, 128, 16, 4, 1))
     for config in configs:
         for schedule in schedules if config is TILE else schedules[:1]:
@@ -347,3 +347,49 @@ def test_operands_that_cannot_be_described_are_read_through_pointers():
         x = torch.randn(40, width, generator=generator(1))
         problem = _common.problem_of(x, x, torch.ones(()), None, Masks())
         assert _common.pick(rungs, problem) is chosen
+
+
+# --------------------------------------------------------------------------------------------------------------- tuning
+
+
+def test_tuning_finds_configurations_that_then_serve(tmp_path):
+    """Times them with a clock that prefers small tiles, and reads back what it wrote."""
+    clock = iter(range(1, 1000))
+
+    def do_bench(launch):
+        launch()
+        return next(clock)
+
+    x = torch.randn(40, 16, generator=generator(1))
+    with (
+        mock.patch.object(_common, "TUNED", tmp_path),
+        mock.patch("triton.testing.do_bench", do_bench),
+    ):
+        timed = kernel.tune(40, 33, 16, torch.float32, "cpu", write=True)
+        assert [*timed] == ["lse float32", "weights float32", "weights dots float32"]
+        problem = _common.problem_of(x, x, torch.ones(()), None, Masks())
+        for name, found in timed.items():
+            served = _common.config_for(kernel.OP, kernel.TABLE, name.removesuffix(" float32"), problem)
+            assert served == found[0][1]
+            assert [time for time, _ in found] == sorted(time for time, _ in found)
+    _common._tuned.cache_clear()
+    assert _common.config_for(kernel.OP, kernel.TABLE, "lse", problem).BM == 64
+
+
+def test_softplus_tunes_too(tmp_path):
+    with mock.patch("triton.testing.do_bench", lambda launch: launch() or 1.0):
+        assert [*similarity_softplus.tune(40, 33, 16, torch.float32, "cpu")] == ["softplus float32"]
+
+
+def test_every_problem_has_a_ladder():
+    """For each kernel, dtype, mask and architecture; the widest tile alone asks for the descriptors."""
+    for arch in ("sm_80", "sm_90", "sm_100"):
+        for kind in ("half", "tf32", "float32"):
+            for extra in _common.EXTRAS:
+                for name in ("lse", "weights", "weights dots", "slopes"):
+                    rungs = kernel.TABLE[f"{name} {kind}{extra} {arch}"]
+                    assert rungs[-1][0] == math.inf
+                    assert arch != "sm_80" or not any(config.tma for _, config in rungs)
+                    assert any(not config.tma for _, config in rungs)
+                    assert all(config.BN % kernel.STRIP.value == 0 for _, config in rungs)
+                assert similarity_softplus.TABLE[f"softplus {kind}{extra} {arch}"][-1][0] == math.inf

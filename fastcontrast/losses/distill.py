@@ -10,6 +10,7 @@ from torch import Tensor
 from fastcontrast.ops import _check as check
 from fastcontrast.ops._divergence import Problem
 from fastcontrast.ops._precision import float32, without_autocast
+from fastcontrast.ops._workspace import workspace_bytes
 from fastcontrast.ops.linear_kl import SHARES, divergence
 
 from ._common import ScaledLoss
@@ -52,7 +53,8 @@ def distill_loss(
             always the largest, and at a small temperature both distributions collapse onto it.
         weights: [M], multiply the losses of rows and columns i; without gradient. The mean still divides by M.
         reduction: "mean", "sum" or "none" for [M].
-        workspace, implementation: see `linear_kl`, through which it runs: four products a direction, in float32.
+        workspace: bytes for the logits of a chunk of rows, student's and teacher's; default `set_workspace`.
+        implementation: see `linear_kl`, through which it runs: four products a direction, in float32.
 
     A row with nothing left gives 0, an empty batch 0. Raises: ValueError or TypeError naming the argument.
     Source: open_clip; with "kl" and one direction, of one set: UniME (Gu et al. 2025), stage 1.
@@ -63,6 +65,7 @@ def distill_loss(
     check.one_of(op, "divergence_direction", divergence_direction, tuple(SHARES))
     check.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
     check.workspace(op, workspace)
+    workspace = workspace_bytes(workspace, queries.device)
     if form == "cross_entropy" and divergence_direction != "forward":
         raise ValueError(f'{op}: form "cross_entropy" goes with divergence_direction "forward"')
     m, device = queries.shape[0], queries.device

@@ -228,8 +228,9 @@ def lse_of(problem, rows: bool, columns: bool, own: Tensor | None, best: bool):
 
 @on_device
 def forward_triton(queries, keys, scale, key_bias, *rest):
-    """As `forward_cpu`; nothing is kept, and a mix costs the three products that a backward would."""
+    """As `forward_cpu`; nothing is kept, and no mix: it would cost the three products that forward and backward do."""
     masks, (rows, columns, wants_own, best, wants_mix, _) = Masks(*rest[:6]), rest[6:]
+    assert not wants_mix
     problem = _problem(queries, keys, scale, key_bias, masks)
     own = queries.new_full((queries.shape[0] if wants_own else 0,), float("-inf"), dtype=torch.float32)
     r, c = lse_of(problem, rows, columns, own if wants_own else None, best)
@@ -237,12 +238,11 @@ def forward_triton(queries, keys, scale, key_bias, *rest):
     def nothing(dtype: torch.dtype = torch.float32) -> Tensor:
         return queries.new_empty(0, dtype=dtype)
 
-    mixed = _mix(problem, r.high, r.low, queries if keys is None else keys) if wants_mix else nothing()
     high, low, index = (
         [x if x is not None else nothing(dtype) for x in pair]
         for pair, dtype in zip(zip(r, c, strict=True), (torch.float32, torch.float32, torch.int64), strict=True)
     )
-    return (*high, own, *index, *low, nothing(), mixed)
+    return (*high, own, *index, *low, nothing(), nothing())
 
 
 @on_device
@@ -251,13 +251,11 @@ def backward_triton(queries, keys, scale, key_bias, *rest):
     from fastcontrast.kernels import similarity_lse as kernel
 
     masks = Masks(*rest[:6])
-    g, h, p, r, c, r_low, c_low, _, mix, needs = rest[6:]
+    g, h, p, r, c, r_low, c_low, *_, needs = rest[6:]
     needs = Needs(*needs)
     symmetric = keys is None
     others = queries if symmetric else keys
     p = None if p is None or not p.numel() else p
-    if mix.numel():
-        return _through_mix(queries, others, scale, masks, g, p, mix, needs)
     if p is not None and symmetric:
         p = p + p.index_select(0, torch.where(masks.positives < 0, _range(p), masks.positives))
     gradients = tuple(None if x is None else x.float().contiguous() for x in (g, h, p))
@@ -311,17 +309,6 @@ def _mix(problem, high: Tensor, low: Tensor, values: Tensor) -> Tensor:  # [M, D
         part = out[start : start + target.shape[0]]
         operands.finish(product(target, v, part), KEYS, out=part)
     return out
-
-
-def _through_mix(queries, keys, scale, masks, g, p, mix, needs):
-    """Gradients of queries and scale from the forward's mix: Σ_j g_i softmax_j k_j + p_i k_own."""
-    dq = mix * g[:, None] if g is not None else torch.zeros_like(mix)
-    if p is not None and keys.shape[0]:
-        column = masks.positives.clamp(0, keys.shape[0] - 1)
-        p = p.masked_fill(masks.positives != column, 0.0)
-        dq.addcmul_(p[:, None], keys.index_select(0, column).float())
-    dscale = (dq.double() * queries.double()).sum().to(scale.dtype) if needs.scale else None
-    return _as_outputs(((dq * scale).to(queries.dtype) if needs.queries else None, None, dscale, None), queries)
 
 
 @on_device

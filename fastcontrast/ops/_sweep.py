@@ -430,11 +430,12 @@ def _add(out: Tensor, start: int, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 
 def chunks(m: int, most: int) -> list[tuple[int, int]]:
-    """(start, stop) of chunks of at most `most` of m rows, about equal, and of whole blocks of rows if there are several:
-    a product of 293 rows takes 1.07 times as long for each as one of 304 or 320."""
-    if m > most >= BLOCK:
-        count = -(-m // (most // BLOCK * BLOCK))
-        most = -(-m // (count * BLOCK)) * BLOCK
+    """(start, stop) of chunks of at most `most` of m rows, about equal, and of whole blocks if one has room: a product
+    of 293 rows takes 1.07 times as long for each as one of 304 or 320."""
+    if most < m:
+        block = BLOCK if most >= BLOCK else 1
+        count = -(-m // (most // block * block))
+        most = -(-m // (count * block)) * block
     return [(i, min(i + most, m)) for i in range(0, m, max(1, most))]
 
 

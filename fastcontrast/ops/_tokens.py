@@ -10,14 +10,15 @@ from torch import Tensor
 from . import _check as check
 from ._workspace import MIB, workspace_bytes
 
-# Of a vocabulary of 49,152 this keeps the logits of 597 tokens, or of 298 in two heads; with the 64 MiB of a similarity
-# the gradient of the vocabulary is read and written so often that a head takes 1.03 times as long, two 1.07 times.
-WORKSPACE = 112 * MIB
+# The gradient of a vocabulary is read and written once a chunk of tokens, and a product of few rows is slow. 112 MiB
+# keep the logits of 512 tokens of a vocabulary of 49,152, and 144 MiB those of 384 in two heads; the 64 MiB of a
+# similarity would keep 320 or 128, and take 1.02 or 1.08 times as long.
+ONE_HEAD, TWO_HEADS = 112 * MIB, 144 * MIB
 
 
-def workspace_of(workspace: int | None, device: torch.device) -> int:
+def workspace_of(workspace: int | None, device: torch.device, usual: int = ONE_HEAD) -> int:
     """Bytes for the logits of a chunk of tokens."""
-    return workspace_bytes(workspace, device, WORKSPACE)
+    return workspace_bytes(workspace, device, usual)
 
 
 class Tokens(NamedTuple):

@@ -25,7 +25,7 @@ from . import _divergence
 from ._dispatch import choose, refuse_cpu, refuse_triton, register
 from ._divergence import Problem, Rows
 from ._formed import formed
-from ._tokens import average, head, token_weights, workspace_of
+from ._tokens import TWO_HEADS, average, head, token_weights, workspace_of
 
 register("linear_kl", {"cpu": refuse_cpu, "triton": refuse_triton})
 
@@ -145,7 +145,7 @@ def divergence(
     problem: Problem,
     weights: Tensor | None,  # [T]
     reduction: str,
-    workspace: int | None,
+    workspace: int,
     implementation: str | None,
 ) -> Divergence:
     """What `linear_kl` and losses on similarities share: checked inputs in, rows that count picked out, reduced."""
@@ -156,7 +156,6 @@ def divergence(
     weights = weights.to(problem.dtype)
     if reduction == "mean":
         weights = average(weights)
-    budget = workspace_of(workspace, problem.hidden.device)
     index = None
     if choice != "reference" and not torch.compiler.is_compiling():
         # On a CPU rows of weight 0 cost nothing. Elsewhere their number could not be known without waiting.
@@ -164,13 +163,13 @@ def divergence(
             index = weights.nonzero()[:, 0]
             problem, weights = problem.rows(index), weights[index]
         if reduction != "none":
-            run = _WeightedSum(problem, weights, budget, choice)
+            run = _WeightedSum(problem, weights, workspace, choice)
             total = formed(run, *problem[:3], op=op)
             return Divergence(total, run.entropy)
     if choice == "reference":
         rows = _divergence.reference(problem.hidden, problem)
     else:
-        rows = Rows(*torch.ops.fastcontrast.linear_kl(*problem, budget, choice))
+        rows = Rows(*torch.ops.fastcontrast.linear_kl(*problem, workspace, choice))
     rows = [x * weights for x in rows]
     if reduction != "none":
         return Divergence(*(x.sum() for x in rows))
@@ -219,7 +218,7 @@ def linear_kl(
         return_entropy: also −Σ_v t log t of the teacher, reduced alike, without gradient: "forward" plus it is the
             cross entropy −Σ_v t log p of soft targets.
         workspace: bytes for the logits of a chunk of tokens, at least 64 of them; default `set_workspace`, without it
-            112 MiB on a CPU.
+            144 MiB on a CPU.
         implementation: None (the best that can run), "cpu", "triton" or "reference".
 
     Where a probability is 0 its term is 0, unless the other head's log-probability is −inf: then the divergence is
@@ -247,7 +246,8 @@ def linear_kl(
     weights = token_weights(op, weights, hidden)
     teacher = (x if x is None else x.detach() for x in (teacher_rows, teacher_weight, teacher_bias))
     problem = Problem(rows, weight, bias, *teacher, None, None, scale, teacher_scale, *SHARES[direction])
-    results = divergence(op, problem, weights, reduction, workspace, implementation)
+    budget = workspace_of(workspace, hidden.device, TWO_HEADS)
+    results = divergence(op, problem, weights, reduction, budget, implementation)
     if reduction == "none":
         results = Divergence(*(x.view(hidden.shape[:-1]) for x in results))
     return tuple(results) if return_entropy else results.divergence
