@@ -471,7 +471,7 @@ REFUSED = {
     "guide: device": (ValueError, "guide_queries must be on cpu.* got meta", {"guide": (Q.to("meta"), K, 0.5)}),
     "workspace: negative": (ValueError, "workspace must be .* got -1", {"workspace": -1}),
     "workspace: a fraction": (TypeError, "workspace must be .* got float", {"workspace": 0.5}),
-    "implementation": (ValueError, "implementation must be one of cpu, triton, reference.* 'gpu'", {"implementation": "gpu"}),
+    "implementation": (ValueError, "must be one of cpu, triton, reference.* 'gpu'", {"implementation": "gpu"}),
     "implementation for float64": (
         NotImplementedError,
         "'cpu' cannot run: it takes float32, bfloat16 or float16, got float64",
