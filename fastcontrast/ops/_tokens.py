@@ -10,10 +10,10 @@ from torch import Tensor
 from . import _check as check
 from ._workspace import MIB, workspace_bytes
 
-# The gradient of a vocabulary is read and written once a chunk of tokens, and a product of few rows is slow. 112 MiB
-# keep the logits of 512 tokens of a vocabulary of 49,152, and 144 MiB those of 384 in two heads; the 64 MiB of a
-# similarity would keep 320 or 128, and take 1.02 or 1.08 times as long.
-ONE_HEAD, TWO_HEADS = 112 * MIB, 144 * MIB
+# The gradient of a vocabulary is read and written once a chunk of tokens, and a product of few rows is slow. One head:
+# the logits of 512 tokens of a vocabulary of 49,152. Two: of 704 in each; with 512 they would take 1.05 times as long,
+# with 1,024 0.98 times.
+ONE_HEAD, TWO_HEADS = 96 * MIB, 288 * MIB
 
 
 def workspace_of(workspace: int | None, device: torch.device, usual: int = ONE_HEAD) -> int:

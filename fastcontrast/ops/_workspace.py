@@ -44,7 +44,7 @@ class _Pool:
     A buffer comes back when the last tensor on it dies. At most `SPARE` stay, the largest ones.
     """
 
-    SPARE = 2  # kept logits and a tile
+    SPARE = 3  # kept logits of two heads, or of one and a tile; a gradient
 
     def __init__(self) -> None:
         # Re-entrant: garbage collected while it is held may contain a tensor whose buffer then comes back.

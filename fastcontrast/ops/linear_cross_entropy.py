@@ -64,7 +64,7 @@ def linear_cross_entropy(
         weights: [...], multiply the tokens' losses; they must not require a gradient.
         reduction: "mean" divides by the sum of the weights of the tokens that count (by their number without weights);
             0 where that is 0, also when every token is ignored. "sum"; or "none" for [...].
-        workspace: bytes for the logits of a chunk of tokens; default `set_workspace`, without it 112 MiB on a CPU.
+        workspace: bytes for the logits of a chunk of tokens; default `set_workspace`, without it 96 MiB on a CPU.
             Beside it, float32 gradients exist once, whatever the dtype: they are rounded at the end.
         implementation: chosen as for `similarity_lse`, under whose name `trace` lists it.
 

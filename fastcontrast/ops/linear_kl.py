@@ -218,7 +218,7 @@ def linear_kl(
         return_entropy: also −Σ_v t log t of the teacher, reduced alike, without gradient: "forward" plus it is the
             cross entropy −Σ_v t log p of soft targets.
         workspace: bytes for the logits of a chunk of tokens, at least 64 of them; default `set_workspace`, without it
-            144 MiB on a CPU.
+            288 MiB on a CPU.
         implementation: None (the best that can run), "cpu", "triton" or "reference".
 
     Where a probability is 0 its term is 0, unless the other head's log-probability is −inf: then the divergence is
