@@ -60,13 +60,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def(
         "lse",
         [](const Logits& logits, const Tile& tile, Running* rows, Running* columns, Address own, Address rescale,
-           int threads) {
+           bool without_own, int threads) {
             py::gil_scoped_release release;
             lse(logits, tile, rows ? rows->online() : Online{}, columns ? columns->online() : Online{}, at<float>(own),
-                at<float>(rescale), threads);
+                at<float>(rescale), without_own, threads);
         },
         py::arg("logits"), py::arg("tile"), py::arg("rows").none(true), py::arg("columns").none(true),
-        py::arg("own") = 0, py::arg("rescale") = 0, py::arg("threads") = 1);
+        py::arg("own") = 0, py::arg("rescale") = 0, py::arg("without_own") = false, py::arg("threads") = 1);
     m.def(
         "weights",
         [](const Logits& logits, const Tile& target, Address source, const Softmax& rows, const Softmax& columns,

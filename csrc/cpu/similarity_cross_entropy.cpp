@@ -105,7 +105,7 @@ double small_loss(const Logits& problem, Labels labels, float* logits, int64_t m
     Running rows(m, false), columns(both ? n : 0, false);
     std::vector<float> own(m, -INFINITY);
     lse(problem, Tile{logits, 0, m, 0, n, nullptr}, rows.online(), both ? columns.online() : Online{}, own.data(),
-        nullptr, threads);
+        nullptr, false, threads);
     rows.finish(s.high, s.low, nullptr, nullptr);
     columns.finish(s.columns_high, s.columns_low, nullptr, nullptr);
     if (labels.queries) return label_loss(labels, logits, m, n, s, threads);

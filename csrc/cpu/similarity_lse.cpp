@@ -63,7 +63,7 @@ FC_INLINE void column_best(const float* __restrict row, const float* __restrict 
 }
 
 FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t begin, int64_t end, Online rows,
-                               float* own, float* rescale, ColumnState* columns) {
+                               float* own, float* rescale, bool without_own, ColumnState* columns) {
     const int64_t n = tile.n;
     std::vector<float> previous(columns ? n : 0);
     for (int64_t group = begin; group < end; group += kRows) {
@@ -72,10 +72,8 @@ FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t b
         for (int64_t i = group; i < last; ++i) {
             float* row = tile.data + i * tile.n;
             logits_row(logits, tile, i, row);
-            if (own) {
-                const int64_t column = own_column(logits, tile, i);
-                if (column >= 0) own[tile.i0 + i] = row[column];
-            }
+            const int64_t own_at = own_column(logits, tile, i);
+            if (own && own_at >= 0) own[tile.i0 + i] = row[own_at];
             if (columns) {
                 if (!columns->best.empty()) column_best(row, columns->max.data(), columns->best.data(), tile.i0 + i, n);
                 column_max(row, columns->max.data(), n);
@@ -93,6 +91,7 @@ FC_VECTOR_CLONES void lse_rows(const Logits& logits, const Tile& tile, int64_t b
                 const float sum = rescale ? exp_sum<true>(row, n, offset) : exp_sum<false>(row, n, offset);
                 rows.sum[at] = rows.sum[at] * factor + sum;
                 if (rescale) rescale[i] = factor;
+                if (without_own && own_at >= 0) row[own_at] = 0.0f;
             }
         }
         if (columns) {
@@ -176,11 +175,12 @@ FC_VECTOR_CLONES void weights_rows(const Logits& logits, const Tile& tile, const
 
 }  // namespace
 
-void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, float* own, float* rescale, int threads) {
+void lse(const Logits& logits, const Tile& tile, Online rows, Online columns, float* own, float* rescale,
+         bool without_own, int threads) {
     const int count = team(threads, tile.m * tile.n);
     std::vector<ColumnState> states(columns.max ? count : 0, ColumnState(columns.max ? tile.n : 0, columns.best));
     in_shares(tile.m, count, [&](int64_t begin, int64_t end, int t) {
-        lse_rows(logits, tile, begin, end, rows, own, rescale, columns.max ? &states[t] : nullptr);
+        lse_rows(logits, tile, begin, end, rows, own, rescale, without_own, columns.max ? &states[t] : nullptr);
     });
     if (!columns.max) return;
     for (const ColumnState& state : states) merge_columns(tile, columns, state, 0, tile.n);

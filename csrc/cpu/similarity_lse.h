@@ -17,8 +17,10 @@ struct Online {
 
 // Turns the tile into logits in place and folds it into the running state of its rows and columns.
 // `rescale` [m]: when given, the tile becomes exp(L - maximum) instead, and rescale_i is what a sum kept under the
-// old maximum must be multiplied by. `own` [M]: when given, receives the logit of each row's own column.
-void lse(const Logits&, const Tile&, Online rows, Online columns, float* own, float* rescale, int threads);
+// old maximum must be multiplied by. `own` [M]: when given, receives the logit of each row's own column. `without_own`:
+// what the tile holds of that column in the end is 0.
+void lse(const Logits&, const Tile&, Online rows, Online columns, float* own, float* rescale, bool without_own,
+         int threads);
 
 // One direction's share of the weights: gradient_i · exp(L_ij - lse_i), lse = high + low.
 struct Softmax {

@@ -25,7 +25,7 @@ from ._workspace import buffer
 ROWS, COLUMNS = 1024, 2048
 TINY = torch.finfo(torch.float32).tiny
 POOLED_GRADIENTS = range(4 << 20, (256 << 20) + 1)  # bytes
-BLOCK = 64  # rows
+BLOCK = 16  # rows
 MIN_KEPT_ROWS = 256  # a thinner first block would slow its product more than keeping it saves
 
 
@@ -179,11 +179,13 @@ def lse_and_mix(
     best: bool,
     values: Tensor | None = None,  # [N, Dv]; the keys themselves if None
     keep: int = 0,
+    without_own: bool = False,
 ) -> tuple[Lse, Tensor, Tensor, Tensor]:
     """Log-sum-exp of the rows and mix_i = Σ_j softmax_j(L_ij) v_j [M, Dv] in one sweep of two products.
 
-    Mixing keys that need no gradient replaces their backward: dq_i = scale · g_i · mix_i, whatever the gradient g.
-    Also the softmax of the first `keep` rows, as exponentials [keep, N] times shares [tiles of columns, keep].
+    Mixing keys gives dq_i = scale · g_i · mix_i, whatever the gradient g. Also the softmax of the first `keep` rows, as
+    exponentials [keep, N] times shares [tiles of columns, keep]. `without_own`: a row's own column counts in the
+    log-sum-exp, and is 0 in what is mixed and kept.
     """
     own_address = own.data_ptr() if own.numel() else 0
     state = native.Running(sweep.m, best)
@@ -197,7 +199,7 @@ def lse_and_mix(
         tile = sweep.tile(i0, m, j0, n, kept)
         torch.mm(sweep.queries_block(i0, m), k.t(), out=tile)
         native_tile = sweep.native_tile(tile, i0, j0)
-        native.lse(sweep.logits, native_tile, state, None, own_address, rescale.data_ptr(), sweep.threads)
+        native.lse(sweep.logits, native_tile, state, None, own_address, rescale.data_ptr(), without_own, sweep.threads)
         if j0:
             mix[i0 : i0 + m].mul_(rescale[:m, None])
             if i0 < keep:
@@ -286,19 +288,13 @@ def gradients(
     Symmetric: `rows` stands for both directions, and G·K is the whole gradient of the one tensor.
     """
     sums = Sums.new(sweep.queries, sweep.keys, needs)
-    add_gradients(sweep, rows, columns, own_gradient, factor, kept, sums)
-    return sums[:3]
-
-
-def add_gradients(sweep, rows, columns, own_gradient, factor, kept, sums: Sums, consume: bool = False) -> None:
-    """`gradients` into `sums`. `consume`: the weights may take the place of the kept logits, which saves a copy."""
     row_softmax = native.Softmax(*(address(x) for x in rows or ()))
     column_softmax = row_softmax if sweep.symmetric else native.Softmax(*(address(x) for x in columns or ()))
     own_address = address(own_gradient)
     keep = kept.shape[0]
     for i0, m, j0, n in sweep.tiles(keep):
         q, k = sweep.queries_block(i0, m), sweep.keys_block(j0, n)
-        tile = sweep.tile(i0, m, j0, n, kept if consume else None)
+        tile = sweep.tile(i0, m, j0, n)
         source = sweep.tile(i0, m, j0, n, kept).data_ptr() if i0 < keep else 0
         if not source:
             torch.mm(q, k.t(), out=tile)
@@ -309,6 +305,38 @@ def add_gradients(sweep, rows, columns, own_gradient, factor, kept, sums: Sums, 
         sums.add(tile, i0, j0, q, k)
         if sweep.symmetric and i0 != j0:
             _add(sums.queries, j0, tile.t(), q, first=not i0)
+    return sums[:3]
+
+
+def add_softmax_gradients(
+    sweep: Sweep,
+    rows: Tensor,  # [M]
+    own: Tensor,  # [M]
+    mix: Tensor,  # [M, D]
+    softmax: tuple[Tensor, Tensor],  # exponentials [M, N], shares [tiles of columns, M]
+    sums: Sums,
+) -> None:
+    """G·K, Gᵀ·Q and Σ_i G_ij for G_ij = rows_i · softmax_ij, and own_i where j is i's own, of what
+    `lse_and_mix(without_own=True)` returned. No pass over the softmax: it is the queries that are multiplied.
+    """
+    exponentials, shares = softmax
+    q, indices = sweep.queries.float(), sweep.masks.positives
+    if sums.queries is not None:
+        torch.mul(mix, rows[:, None], out=sums.queries)
+        sums.queries.addcmul_(sweep.keys[indices].float(), own[:, None])
+    for i0, m, j0, n in sweep.tiles(sweep.m):
+        share = rows[i0 : i0 + m] * shares[j0 // sweep.columns, i0 : i0 + m]
+        tile = sweep.tile(i0, m, j0, n, exponentials)
+        if sums.keys is not None:
+            # Without denormals, in which a product would be a hundred times slower.
+            scaled = torch.hardshrink(q[i0 : i0 + m] * share[:, None], TINY)
+            _add(sums.keys, j0, tile.t(), scaled, first=not i0 and not sums.started)
+        if sums.key_bias is not None:
+            sums.key_bias[j0 : j0 + n].addmv_(tile.t(), share)
+    if sums.keys is not None:
+        sums.keys.index_add_(0, indices, q * own[:, None])
+    if sums.key_bias is not None:
+        sums.key_bias.index_add_(0, indices, own)
 
 
 def mix_gradients(
@@ -432,7 +460,7 @@ def _add(out: Tensor, start: int, a: Tensor, b: Tensor, *, first: bool) -> None:
 
 def chunks(m: int, most: int) -> list[tuple[int, int]]:
     """(start, stop) of chunks of at most `most` of m rows, about equal, and of whole blocks if one has room: a product
-    of 293 rows takes 1.07 times as long for each as one of 304 or 320."""
+    of 293 rows takes 1.07 times as long for each as one of 304."""
     if most < m:
         block = BLOCK if most >= BLOCK else 1
         count = -(-m // (most // block * block))

@@ -11,7 +11,7 @@ from . import _check as check
 from ._workspace import MIB, workspace_bytes
 
 # The gradient of a vocabulary is read and written once a chunk of tokens, and a product of few rows is slow. One head:
-# the logits of 512 tokens of a vocabulary of 49,152. Two: of 704 in each; with 512 they would take 1.05 times as long,
+# the logits of 512 tokens of a vocabulary of 49,152. Two: of 688 in each; with 512 they would take 1.05 times as long,
 # with 1,024 0.98 times.
 ONE_HEAD, TWO_HEADS = 96 * MIB, 288 * MIB
 

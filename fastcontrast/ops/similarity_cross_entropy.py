@@ -112,14 +112,18 @@ class _RowLoss:
 
     def _chunk(self, sweep: _sweep.Sweep, part: slice, factor: float, sums: _sweep.Sums, gradients: bool) -> float:
         own = torch.full((sweep.m,), float("-inf"))
-        r, _, kept = _sweep.lse(sweep, True, False, own, False, sweep.m if gradients else 0)
-        losses = r.high.double() - own + r.low
-        weights = None if self.weights is None else self.weights[part]
+        weights = torch.ones(sweep.m) if self.weights is None else self.weights[part]
         if gradients:
-            each = torch.ones(sweep.m) if weights is None else weights
-            each = each / self.divisor
-            _sweep.add_gradients(sweep, (each, r.high, r.low), None, -each, factor, kept, sums, consume=True)
-        return float(losses.sum() if weights is None else losses.dot(weights.double()))
+            values = sweep.keys if sums.queries is not None else sweep.keys[:, :0]  # nothing to mix
+            r, mix, *softmax = _sweep.lse_and_mix(sweep, own, False, values, sweep.m, without_own=True)
+        else:
+            r, *_ = _sweep.lse(sweep, True, False, own, False, 0)
+        losses = r.high.double() - own + r.low
+        if gradients:
+            # p - 1 of a row's own key apart from the others: of a row that is nearly solved it keeps its digits.
+            each, own_weights = weights * (factor / self.divisor), torch.special.expm1(-losses).float()
+            _sweep.add_softmax_gradients(sweep, each, each * own_weights, mix, softmax, sums)
+        return float(losses.dot(weights.double()))
 
 
 def _rows_of(masks: Masks, part: slice) -> Masks:
