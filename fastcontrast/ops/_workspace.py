@@ -20,7 +20,8 @@ def set_workspace(bytes: int | None) -> None:
     """Bytes that each operation may spend on temporary tiles and kept logits; None restores the default
     (64 MiB on a CPU, 512 MiB on a GPU). More of it means fewer products computed twice, never another result.
 
-    On a CPU the last workspace's memory stays with the process for the next call; any call of this function frees it.
+    On a CPU the memory of the last workspace and of large gradients stays with the process for the next call; any call
+    of this function frees it.
     """
     global _chosen
     if bytes is not None and bytes < 0:
