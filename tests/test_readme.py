@@ -91,7 +91,8 @@ def test_claims_in_prose_are_the_committed_results(results):
     core = [row for row in results.values() if row["op"] == "similarity_lse"]
     small = [bar for row in core for bar in row["bars"] if bar["claim"] == "fastcontrast / dense torch ≤ 1"]
     assert len(small) == 20 and all(bar["met"] for bar in small)
-    assert all(bar["met"] for row in core for bar in row["bars"])
+    missed = {row["workload"] for row in results.values() for bar in row["bars"] if bar["met"] is False}
+    assert missed == {"siglip 128", "siglip 256"} and "SigLIP is at 128 and 256" in README
     prose = " ".join(README.split())
     siglip, cross_entropy, divergence = (results[AGAINST[label][0], "fastcontrast"] for label in [*AGAINST][3:])
     assert f"{siglip['ratio']:.2f} × its three bare products" in prose
