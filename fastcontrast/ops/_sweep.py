@@ -440,7 +440,8 @@ def _gradient(like: Tensor, others: int) -> Tensor:
     """Where the gradient of `like` accumulates; its first tile overwrites it, and without others there is none.
 
     From the pool of buffers, to which it returns when its user drops it, as a training loop does before each step: the
-    page faults of 49,152 × 576 fresh floats cost more than a tenth of a product. Not where so much idle memory would hurt.
+    page faults of 49,152 × 576 fresh floats cost more than a tenth of a product. Not where so much idle memory would
+    hurt.
     """
     if not others:
         return torch.zeros(like.shape, dtype=torch.float32)
