@@ -1,0 +1,43 @@
+"""Operations of decoding: no backward but the reference's, so a tensor that wants a gradient runs on that one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _check as check
+from ._dispatch import Choice, note, select
+
+NO_GRADIENT = "it has no backward, and an input requires a gradient"
+
+
+def choose_inference(op: str, implementation: str | None, first: Tensor, *others: Tensor | None) -> str:
+    """Name of the implementation to run for these inputs, noted for `trace`."""
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (first, *others))
+    choice = select(op, implementation, first.device, first.dtype)
+    if wanted and choice.implementation != "reference":
+        if implementation is not None:
+            raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {NO_GRADIENT}")
+        choice = Choice(op, "reference", {**choice.refused, choice.implementation: NO_GRADIENT})
+    return note(choice)
+
+
+def batch(op: str, name: str, x: Tensor, ndim: int, like: str) -> None:
+    """`x` is a floating-point tensor of `ndim` dimensions, whose names are `like`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
+    if x.dtype not in check.FLOATING:
+        got = str(x.dtype).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {got}")
+    if x.ndim != ndim:
+        raise ValueError(f"{op}: {name} must be {like}, got {list(x.shape)}")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What the reference computes in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def last_contiguous(x: Tensor) -> Tensor:
+    """`x` itself where the last dimension has no gaps, else a copy."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
