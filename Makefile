@@ -17,7 +17,7 @@ test: $(VENV)/installed build/triton-3.6   ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 dev: $(VENV)/installed             ## tools for working on the code
-	$(BIN)/pip install -q -e ".[demo,test,dev]"
+	$(BIN)/pip install -q -e ".[demo,generate,test,dev]"
 	$(BIN)/pre-commit install
 
 lint: $(VENV)/lint                 ## ruff and clang-format
@@ -47,13 +47,13 @@ build: $(VENV)/installed           ## wheel and source archive in dist/
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastcontrast/_C*.so demo-output bench-output gpu-output
+	rm -rf $(VENV) build dist *.egg-info fastcontrast/_C*.so demo-output generate-output bench-output gpu-output
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch
 	$(BIN)/pip install -q setuptools pybind11
-	$(BIN)/pip install -q -e ".[demo,test]"
+	$(BIN)/pip install -q -e ".[demo,generate,test]"
 	$(BIN)/pip install -q --no-deps -r requirements-data.txt
 	touch $@
 

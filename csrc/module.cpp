@@ -3,11 +3,14 @@
 #include <pybind11/pybind11.h>
 
 #include "common/memory.h"
+#include "cpu/contrastive_select.h"
 #include "cpu/linear_kl.h"
+#include "cpu/max_cosine.h"
 #include "cpu/similarity_cross_entropy.h"
 #include "cpu/similarity_lse.h"
 #include "cpu/similarity_softplus.h"
 #include "cpu/similarity_topk.h"
+#include "cpu/two_logit_mix.h"
 
 namespace py = pybind11;
 using namespace fastcontrast;
@@ -19,6 +22,12 @@ using Address = uintptr_t;
 template <typename T>
 T* at(Address address) {
     return reinterpret_cast<T*>(address);
+}
+
+Cosines cosines(Address candidates, Address context, Address valid, int64_t b, int64_t k, int64_t t, int64_t d,
+                int64_t candidate_batch, int64_t candidate_row, int64_t context_batch, int64_t context_row, int kind) {
+    return {at<void>(candidates), at<void>(context), at<bool>(valid),        b, k, t, d, candidate_batch, candidate_row,
+            context_batch,        context_row,       static_cast<Kind>(kind)};
 }
 
 }  // namespace
@@ -166,4 +175,58 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("problem"), py::arg("query_labels"), py::arg("key_labels"), py::arg("logits"), py::arg("target"),
         py::arg("rows"), py::arg("columns"), py::arg("both"), py::arg("symmetric"), py::arg("state"),
         py::arg("gradient"), py::arg("threads"));
+    m.def(
+        "max_cosine",
+        [](Address candidates, Address context, Address valid, Address values, Address indices, int64_t b, int64_t k,
+           int64_t t, int64_t d, int64_t candidate_batch, int64_t candidate_row, int64_t context_batch,
+           int64_t context_row, int kind, int threads) {
+            py::gil_scoped_release release;
+            max_cosine(cosines(candidates, context, valid, b, k, t, d, candidate_batch, candidate_row, context_batch,
+                               context_row, kind),
+                       at<float>(values), at<int64_t>(indices), threads);
+        },
+        py::arg("candidates"), py::arg("context"), py::arg("valid"), py::arg("values"), py::arg("indices"),
+        py::arg("b"), py::arg("k"), py::arg("t"), py::arg("d"), py::arg("candidate_batch"), py::arg("candidate_row"),
+        py::arg("context_batch"), py::arg("context_row"), py::arg("kind"), py::arg("threads"));
+    m.def(
+        "contrastive_candidates",
+        [](Address logits, Address probabilities, Address tokens, int64_t rows, int64_t vocabulary, int64_t k,
+           int64_t stride, int kind, int threads) {
+            py::gil_scoped_release release;
+            contrastive_candidates(at<void>(logits), static_cast<Kind>(kind), rows, vocabulary, stride, k,
+                                   at<float>(probabilities), at<int64_t>(tokens), threads);
+        },
+        py::arg("logits"), py::arg("probabilities"), py::arg("tokens"), py::arg("rows"), py::arg("vocabulary"),
+        py::arg("k"), py::arg("stride"), py::arg("kind"), py::arg("threads"));
+    m.def(
+        "contrastive_select",
+        [](Address probabilities, Address candidates, Address context, Address valid, Address choice, Address score,
+           Address degeneration, Address nearest, int64_t b, int64_t k, int64_t t, int64_t d, int64_t candidate_batch,
+           int64_t candidate_row, int64_t context_batch, int64_t context_row, float alpha, int kind, int threads) {
+            py::gil_scoped_release release;
+            contrastive_select(at<float>(probabilities),
+                               cosines(candidates, context, valid, b, k, t, d, candidate_batch, candidate_row,
+                                       context_batch, context_row, kind),
+                               alpha, at<int64_t>(choice), at<float>(score), at<float>(degeneration),
+                               at<int64_t>(nearest), threads);
+        },
+        py::arg("probabilities"), py::arg("candidates"), py::arg("context"), py::arg("valid"), py::arg("choice"),
+        py::arg("score"), py::arg("degeneration"), py::arg("nearest"), py::arg("b"), py::arg("k"), py::arg("t"),
+        py::arg("d"), py::arg("candidate_batch"), py::arg("candidate_row"), py::arg("context_batch"),
+        py::arg("context_row"), py::arg("alpha"), py::arg("kind"), py::arg("threads"));
+    m.def(
+        "two_logit_mix",
+        [](Address logits, Address contrast, Address given, Address out, Address weight, Address divergence,
+           int64_t rows, int64_t vocabulary, int64_t stride, int64_t contrast_stride, float keep, float floor,
+           float threshold, bool diverge, int kind, int threads) {
+            py::gil_scoped_release release;
+            two_logit_mix({at<void>(logits), at<void>(contrast), rows, vocabulary, stride, contrast_stride,
+                           static_cast<Kind>(kind)},
+                          {at<float>(given), keep, floor, threshold, diverge}, at<float>(out), at<float>(weight),
+                          at<float>(divergence), threads);
+        },
+        py::arg("logits"), py::arg("contrast"), py::arg("given"), py::arg("out"), py::arg("weight"),
+        py::arg("divergence"), py::arg("rows"), py::arg("vocabulary"), py::arg("stride"), py::arg("contrast_stride"),
+        py::arg("keep"), py::arg("floor"), py::arg("threshold"), py::arg("diverge"), py::arg("kind"),
+        py::arg("threads"));
 }

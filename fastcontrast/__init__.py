@@ -9,6 +9,7 @@ from .losses import (
     NTXentLoss,
     SigLipLoss,
     SupConLoss,
+    TokenContrastLoss,
     clip_loss,
     distill_loss,
     info_nce,
@@ -16,6 +17,7 @@ from .losses import (
     nt_xent_loss,
     siglip_loss,
     supcon_loss,
+    token_contrast_margin,
 )
 from .ops import set_workspace
 
@@ -30,6 +32,7 @@ __all__ = [
     "NTXentLoss",
     "SigLipLoss",
     "SupConLoss",
+    "TokenContrastLoss",
     "clip_loss",
     "distill_loss",
     "info_nce",
@@ -38,4 +41,5 @@ __all__ = [
     "set_workspace",
     "siglip_loss",
     "supcon_loss",
+    "token_contrast_margin",
 ]

@@ -174,8 +174,9 @@ def package_folder(package: str) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where computed features stay: $FASTCONTRAST_CACHE, else ~/.cache/fastcontrast."""
-    return Path(os.environ.get("FASTCONTRAST_CACHE") or Path.home() / ".cache" / "fastcontrast")
+    """Where what was computed once stays: $FASTCONTRAST_CACHE, else fastcontrast in $XDG_CACHE_HOME or ~/.cache."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("FASTCONTRAST_CACHE") or caches / "fastcontrast")
 
 
 def _first_names(table: dict[str, str]) -> dict[int, str]:

@@ -15,6 +15,8 @@
 #endif
 
 #define FC_INLINE inline __attribute__((always_inline))
+// On a lambda that holds a kernel's loops: left apart, it would be compiled for the baseline's vectors.
+#define FC_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace fastcontrast {
 

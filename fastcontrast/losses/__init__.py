@@ -6,6 +6,7 @@ from .info_nce import InfoNCELoss, info_nce
 from .multi_positive import MultiPositiveLoss, SupConLoss, multi_positive_loss, supcon_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .siglip import SigLipLoss, siglip_loss
+from .token_contrast import TokenContrastLoss, token_contrast_margin
 
 __all__ = [
     "ClipLoss",
@@ -15,6 +16,7 @@ __all__ = [
     "NTXentLoss",
     "SigLipLoss",
     "SupConLoss",
+    "TokenContrastLoss",
     "clip_loss",
     "distill_loss",
     "info_nce",
@@ -22,4 +24,5 @@ __all__ = [
     "nt_xent_loss",
     "siglip_loss",
     "supcon_loss",
+    "token_contrast_margin",
 ]

@@ -2,22 +2,29 @@
 
 from ._dispatch import Choice, explain, operations, trace
 from ._workspace import set_workspace
+from .contrastive_select import contrastive_candidates, contrastive_select
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl
 from .linear_logprob import linear_logprob
+from .max_cosine import max_cosine
 from .pairwise_reduce import pairwise_reduce
 from .similarity_cross_entropy import similarity_cross_entropy
 from .similarity_lse import similarity_lse
 from .similarity_mix import similarity_mix
 from .similarity_softplus import similarity_softplus
 from .similarity_topk import similarity_topk
+from .token_contrast_margin import token_contrast_margin
+from .two_logit_mix import two_logit_mix
 
 __all__ = [
     "Choice",
+    "contrastive_candidates",
+    "contrastive_select",
     "explain",
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprob",
+    "max_cosine",
     "operations",
     "pairwise_reduce",
     "set_workspace",
@@ -26,5 +33,7 @@ __all__ = [
     "similarity_mix",
     "similarity_softplus",
     "similarity_topk",
+    "token_contrast_margin",
     "trace",
+    "two_logit_mix",
 ]

@@ -146,16 +146,16 @@ torch.library.register_fake("fastcontrast::contrastive_select", _select_fake, li
 def contrastive_candidates(logits: Tensor, k: int, *, implementation: str | None = None) -> tuple[Tensor, Tensor]:
     """probabilities, tokens [B, K] = the k largest of softmax(logits), largest first; equals by lower token.
 
-    Equivalent to `logits.float().softmax(1).topk(k)`, with ties in order. Probabilities are of the whole vocabulary, not
-    renormalised over the k.
+    Equivalent to `logits.float().softmax(1).topk(k)`, with ties in order. Probabilities are of the whole vocabulary,
+    not renormalised over the k.
 
     Args:
         logits: [B, V]; float32, bfloat16 or float16 (float64: dense reference), any strides.
         k: 1 … V.
         implementation: None (the best that can run), "cuda", "triton", "cpu" or "reference".
 
-    Returns probabilities, float32 (float64 for float64), and tokens, int64. −inf has probability 0 and comes last; a row
-    of nothing else has probabilities 0. NaN counts as larger than any number and makes its row's probabilities NaN.
+    Returns probabilities, float32 (float64 for float64), and tokens, int64. −inf has probability 0 and comes last; a
+    row of nothing else has probabilities 0. NaN counts as larger than any number and makes its row's probabilities NaN.
 
     Raises: ValueError, TypeError, NotImplementedError as `max_cosine` does.
     """
@@ -190,8 +190,8 @@ def contrastive_select(
         alpha: 0 (probability alone) … 1 (dissimilarity alone).
         implementation: None (the best that can run), "cuda", "triton", "cpu" or "reference".
 
-    Returns `Selection(choice [B] int64, score [B, K], degeneration [B, K])`; a row without context has degeneration −inf
-    and no penalty. Reads the context once.
+    Returns `Selection(choice [B] int64, score [B, K], degeneration [B, K])`; a row without context has degeneration
+    −inf and no penalty. Reads the context once.
 
     Raises: ValueError, TypeError, NotImplementedError as `max_cosine` does.
 

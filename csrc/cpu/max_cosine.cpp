@@ -1,0 +1,205 @@
+#include "cpu/max_cosine.h"
+
+#include <vector>
+
+#include "common/threads.h"
+
+namespace fastcontrast {
+namespace {
+
+constexpr int kWide = 16;      // lanes of a sum: one vector of the widest machines
+constexpr int kGroup = 8;      // candidates whose sums stay in registers, for two rows of context at a time
+constexpr int64_t kPanel = 8;  // rows of context that the next group of candidates finds in the cache
+constexpr float kSmallest = 1e-12f;
+
+struct Best {
+    float value = -INFINITY;
+    int64_t index = -1;
+
+    // NaN is larger than any number; of equals the first stays.
+    FC_INLINE void offer(float v, int64_t i) {
+        if (v > value || (v != v && value == value)) value = v, index = i;
+    }
+};
+
+FC_INLINE float inverse_norm(float squares) {
+    const float norm = std::sqrt(squares);
+    return 1.0f / (norm < kSmallest ? kSmallest : norm);
+}
+
+FC_INLINE float sum(const float* lanes) {
+    float b[kWide / 2], c[kWide / 4];
+#pragma omp simd
+    for (int l = 0; l < kWide / 2; ++l) b[l] = lanes[l] + lanes[l + kWide / 2];
+#pragma omp simd
+    for (int l = 0; l < kWide / 4; ++l) c[l] = b[l] + b[l + kWide / 4];
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+// Rows of unit length in float32, filled with zeros to a width that is a multiple of kWide.
+template <typename T>
+FC_INLINE void unit_rows(const T* rows, int64_t stride, int64_t count, int64_t d, int64_t width, float* out) {
+    for (int64_t i = 0; i < count; ++i, rows += stride, out += width) {
+        float squares[kWide] = {};
+        std::fill(out, out + width, 0.0f);
+        for (int64_t j = 0; j < d; ++j) out[j] = widen(rows[j]);
+        for (int64_t j = 0; j < width; j += kWide)
+#pragma omp simd
+            for (int l = 0; l < kWide; ++l) squares[l] += out[j + l] * out[j + l];
+        const float factor = inverse_norm(sum(squares));
+#pragma omp simd
+        for (int64_t j = 0; j < d; ++j) out[j] *= factor;
+    }
+}
+
+// Two rows of context, of which the second may be the first again.
+template <typename T>
+struct Rows {
+    const T *x, *y;
+};
+
+// Sums of both rows: their products with K candidates, and their squares.
+template <int K>
+struct Sums {
+    float x[K][kWide] = {}, y[K][kWide] = {}, xx[kWide] = {}, yy[kWide] = {};
+};
+
+template <int K, typename T>
+FC_INLINE void add(Sums<K>& sums, const T* __restrict x, const T* __restrict y, const float* __restrict unit,
+                   int64_t width) {
+#pragma omp simd
+    for (int l = 0; l < kWide; ++l) sums.xx[l] += widen(x[l]) * widen(x[l]);
+#pragma omp simd
+    for (int l = 0; l < kWide; ++l) sums.yy[l] += widen(y[l]) * widen(y[l]);
+#pragma GCC unroll 8
+    for (int k = 0; k < K; ++k) {
+#pragma omp simd
+        for (int l = 0; l < kWide; ++l) sums.x[k][l] += widen(x[l]) * unit[k * width + l];
+#pragma omp simd
+        for (int l = 0; l < kWide; ++l) sums.y[k][l] += widen(y[l]) * unit[k * width + l];
+    }
+}
+
+template <int K, typename T>
+FC_INLINE void fold_rows(Rows<T> rows, const float* unit, int64_t width, int64_t d, int64_t position, Best* best) {
+    Sums<K> sums;
+    int64_t j = 0;
+    for (; j + kWide <= d; j += kWide) add(sums, rows.x + j, rows.y + j, unit + j, width);
+    if (j < d) {
+        T x[kWide] = {}, y[kWide] = {};
+        std::memcpy(x, rows.x + j, (d - j) * sizeof(T));
+        std::memcpy(y, rows.y + j, (d - j) * sizeof(T));
+        add(sums, x, y, unit + j, width);
+    }
+    const float x = inverse_norm(sum(sums.xx)), y = inverse_norm(sum(sums.yy));
+    for (int k = 0; k < K; ++k) {
+        best[k].offer(sum(sums.x[k]) * x, position);
+        if (rows.x != rows.y) best[k].offer(sum(sums.y[k]) * y, position + 1);
+    }
+}
+
+// One row of a batch: its context, and what is sought there.
+template <typename T>
+struct Search {
+    const float* unit;  // [K, width]
+    int64_t k, width, d;
+    const T* context;  // [T, D]
+    int64_t stride;
+    const bool* valid;  // [T], or null
+};
+
+template <int K, typename T>
+FC_INLINE void fold_panel(const Search<T>& s, int64_t first, int64_t begin, int64_t end, Best* best) {
+    for (int64_t t = begin; t < end;) {
+        if (s.valid && !s.valid[t]) {
+            ++t;
+            continue;
+        }
+        const T* row = s.context + t * s.stride;
+        const bool two = t + 1 < end && (!s.valid || s.valid[t + 1]);
+        fold_rows<K>(Rows<T>{row, two ? row + s.stride : row}, s.unit + first * s.width, s.width, s.d, t, best + first);
+        t += two ? 2 : 1;
+    }
+}
+
+template <typename T>
+FC_INLINE void fold_share(const Search<T>& s, int64_t begin, int64_t end, Best* best) {
+    const int64_t panel = s.k <= kGroup ? end - begin : kPanel;
+    for (int64_t t = begin; t < end; t += panel) {
+        const int64_t stop = std::min(t + panel, end);
+        for (int64_t first = 0; first < s.k; first += kGroup) switch (std::min<int64_t>(kGroup, s.k - first)) {
+                case 1:
+                    fold_panel<1>(s, first, t, stop, best);
+                    break;
+                case 2:
+                    fold_panel<2>(s, first, t, stop, best);
+                    break;
+                case 3:
+                    fold_panel<3>(s, first, t, stop, best);
+                    break;
+                case 4:
+                    fold_panel<4>(s, first, t, stop, best);
+                    break;
+                case 5:
+                    fold_panel<5>(s, first, t, stop, best);
+                    break;
+                case 6:
+                    fold_panel<6>(s, first, t, stop, best);
+                    break;
+                case 7:
+                    fold_panel<7>(s, first, t, stop, best);
+                    break;
+                default:
+                    fold_panel<8>(s, first, t, stop, best);
+            }
+    }
+}
+
+FC_VECTOR_CLONES void unit_candidates(const Cosines& c, int64_t width, float* out) {
+    with_kind(c.kind, c.candidates, [&](auto* x) FC_INLINE_LAMBDA {
+        for (int64_t b = 0; b < c.b; ++b)
+            unit_rows(x + b * c.candidate_batch, c.candidate_row, c.k, c.d, width, out + b * c.k * width);
+    });
+}
+
+FC_VECTOR_CLONES void share_of_row(const Cosines& c, int64_t width, const float* unit, int64_t b, int64_t begin,
+                                   int64_t end, Best* best) {
+    with_kind(c.kind, c.context, [&](auto* x) FC_INLINE_LAMBDA {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+        const bool* valid = c.valid ? c.valid + b * c.t : nullptr;
+        fold_share(Search<T>{unit + b * c.k * width, c.k, width, c.d, x + b * c.context_batch, c.context_row, valid},
+                   begin, end, best);
+    });
+}
+
+}  // namespace
+
+void max_cosine(const Cosines& c, float* values, int64_t* indices, int threads) {
+    const int64_t width = (c.d + kWide - 1) / kWide * kWide;
+    std::vector<float> buffer(c.b * c.k * width + kWide);
+    // A vector that straddles two lines of the cache takes two loads.
+    const uintptr_t line = kWide * sizeof(float), start = reinterpret_cast<uintptr_t>(buffer.data());
+    float* unit = reinterpret_cast<float*>((start + line - 1) / line * line);
+    unit_candidates(c, width, unit);
+    const int count = team(threads, c.b * c.t * c.d);
+    const int64_t splits = c.b ? std::max<int64_t>(1, count / c.b) : 1, share = (c.t + splits - 1) / splits;
+    std::vector<Best> best(c.b * splits * c.k);
+    in_shares(c.b * splits, count, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = std::min(i % splits * share, c.t), last = std::min(first + share, c.t);
+            share_of_row(c, width, unit, i / splits, first, last, best.data() + i * c.k);
+        }
+    });
+    for (int64_t b = 0; b < c.b; ++b)
+        for (int64_t k = 0; k < c.k; ++k) {
+            Best found = best[b * splits * c.k + k];
+            for (int64_t s = 1; s < splits; ++s) {
+                const Best& later = best[(b * splits + s) * c.k + k];
+                found.offer(later.value, later.index);
+            }
+            values[b * c.k + k] = found.value;
+            indices[b * c.k + k] = found.index;
+        }
+}
+
+}  // namespace fastcontrast
