@@ -12,6 +12,10 @@ COMMANDS = {
         "fastcontrast.demo.command",
         "train a CLIP from scratch on real data, its loss beside the dense one",
     ),
+    "generate": (
+        "fastcontrast.generation.command",
+        "a small language model continues a text, contrastively or otherwise",
+    ),
     "bench": ("fastcontrast.benchmarks._harness", "measure operations against floors and rivals"),
     "doctor": ("fastcontrast.doctor", "what would run here, and why not the rest"),
 }
@@ -19,7 +23,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; its module is imported only then. Exit status: 0 if all went well."""
-    lines = [f"  {name:8s}{text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:10s}{text}" for name, (_, text) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="fastcontrast",
         formatter_class=argparse.RawDescriptionHelpFormatter,

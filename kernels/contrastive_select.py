@@ -68,13 +68,13 @@ def finish_kernel(
     row = tl.program_id(0).to(tl.int64)
     o_p = tl.arange(0, PARTS)
     largest = tl.full((PARTS,), -float("inf"), tl.float32)
-    for p in range(0, blocks, PARTS):
-        at = highs + row * blocks + p + o_p
-        largest = tl.maximum(largest, tl.load(at, mask=p + o_p < blocks, other=-float("inf")))
+    for first in range(0, blocks, PARTS):
+        at = highs + row * blocks + first + o_p
+        largest = tl.maximum(largest, tl.load(at, mask=first + o_p < blocks, other=-float("inf")))
     offset = offset_of(tl.max(largest, 0))
     total = tl.zeros((PARTS,), tl.float32)
-    for p in range(0, blocks, PARTS):
-        at, mask = row * blocks + p + o_p, p + o_p < blocks
+    for first in range(0, blocks, PARTS):
+        at, mask = row * blocks + first + o_p, first + o_p < blocks
         high = tl.load(highs + at, mask=mask, other=-float("inf"))
         total += tl.load(sums + at, mask=mask, other=0.0) * tl.exp(high - offset)
     total = tl.sum(total, 0)
@@ -141,9 +141,9 @@ def _sorted_candidates(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
 # -------------------------------------------------------------------------------------------------------- the selection
 
 
-@triton.jit(do_not_specialize=["k", "splits"])
+@triton.jit(do_not_specialize=["k", "tiles"])
 def select_kernel(
-    probabilities, keys, choice, score, degeneration, k, splits, keep, alpha, BK: tl.constexpr, BS: tl.constexpr
+    probabilities, keys, choice, score, degeneration, k, tiles, keep, alpha, BK: tl.constexpr, BS: tl.constexpr
 ):  # fmt: skip
     """keep = 1 − alpha, in float64 before it is rounded."""
     row = tl.program_id(0).to(tl.int64)
@@ -151,7 +151,7 @@ def select_kernel(
     for k0 in range(0, k, BK):
         o = k0 + tl.arange(0, BK)
         mask, at = o < k, row * k + o
-        cosine = cosine_of(largest_key(keys, at, mask, splits, BS))
+        cosine = cosine_of(largest_key(keys, at, mask, tiles, BS))
         tl.store(degeneration + at, cosine, mask=mask)
         p = tl.load(probabilities + at, mask=mask, other=0.0)
         value = keep * p - alpha * tl.where(cosine == -float("inf"), 0.0, cosine)
@@ -164,10 +164,10 @@ def select_kernel(
 def select_launch(
     probabilities: Tensor, keys: Tensor, choice: Tensor, score: Tensor, degeneration: Tensor, alpha: float
 ) -> Launch:
-    rows, k, splits = keys.shape
-    arguments = probabilities, keys, choice, score, degeneration, k, splits, 1.0 - alpha, alpha
-    constants = {"BK": min(32, triton.next_power_of_2(k)), "BS": BS}
-    return Launch(select_kernel, (rows,), arguments, constants, {"num_warps": 2})
+    rows, k, tiles = keys.shape
+    arguments = probabilities, keys, choice, score, degeneration, k, tiles, 1.0 - alpha, alpha
+    constants = {"BK": min(16, triton.next_power_of_2(k)), "BS": BS}
+    return Launch(select_kernel, (rows,), arguments, constants, {"num_warps": 4})
 
 
 def contrastive_select(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ._common import Case, Launch, meta
 from .contrastive_select import offset_of
-from .max_cosine import split
+from .max_cosine import PROGRAMS
 
 BLOCK = 1024  # logits at a time
 
@@ -88,7 +88,7 @@ def _where_split(vocabulary, splits, per_split, BV: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "vocabulary", "splits", "per_split"])
 def rows_kernel(
-    z1, z0, parts, rows, vocabulary, splits, per_split, stride1, stride0, BV: tl.constexpr, SP: tl.constexpr
+    z1, z0, parts, rows, vocabulary, splits, per_split, stride1, stride0, BV: tl.constexpr
 ):  # fmt: skip
     row, i_s, start, stop = _where_split(vocabulary, splits, per_split, BV)
     high1, high0, total1, total0 = -float("inf"), -float("inf"), 0.0, 0.0
@@ -196,7 +196,9 @@ def launches(z1: Tensor, z0: Tensor, weight: Tensor | None, settings: Any) -> tu
     """In order, and what they fill: log probabilities [R, V], a [R], divergence [R]."""
     rows, vocabulary = z1.shape
     block = min(BLOCK, max(64, triton.next_power_of_2(vocabulary)))
-    splits, per_split = split(rows, triton.cdiv(vocabulary, block))
+    blocks = triton.cdiv(vocabulary, block)
+    per_split = triton.cdiv(blocks, min(max(1, blocks), triton.cdiv(PROGRAMS, max(1, rows))))
+    splits = max(1, triton.cdiv(blocks, max(1, per_split)))
     parts, out, weights, divergences = (
         torch.empty(shape, dtype=torch.float32, device=z1.device)
         for shape in ((PLANES, rows, splits), (rows, vocabulary), (rows,), (rows,))
@@ -207,7 +209,10 @@ def launches(z1: Tensor, z0: Tensor, weight: Tensor | None, settings: Any) -> tu
         {"num_warps": 4},
         (rows * splits,),
     )
-    sums = [Launch(kernel, grid, (z1, z0, parts, *sizes), tile, options) for kernel in (rows_kernel, gaps_kernel)]
+    sums = [
+        Launch(rows_kernel, grid, (z1, z0, parts, *sizes), {"BV": block}, options),
+        Launch(gaps_kernel, grid, (z1, z0, parts, *sizes), tile, options),
+    ]
     given = not math.isnan(settings.keep)
     arguments = (
         z1, z0, weight, parts, out, weights, divergences, *sizes,

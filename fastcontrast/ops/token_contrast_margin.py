@@ -24,9 +24,9 @@ from ._workspace import buffer, workspace_bytes
 
 OP = "token_contrast_margin"
 SMALLEST_NORM = 1e-12  # of a vector of zeros, whose cosines then are 0
-# A tile of 512 × 512 float32 is 1 MiB: it stays in the L2 caches of two cores, so that the four passes over it (subtract,
-# relu, sum, sign) take 4 to 7 % of the time of its products (D = 768). 256 costs the products what it saves on the
-# diagonal. A GPU's products must be long.
+# A tile of 512 × 512 float32 is 1 MiB: it stays in the L2 caches of two cores, so that the four passes over it
+# (subtract, relu, sum, sign) take 4 to 7 % of the time of its products (D = 768). 256 costs the products what it saves
+# on the diagonal. A GPU's products must be long.
 CPU_EDGE, EDGE, SMALLEST_EDGE = 512, 4096, 64
 
 

@@ -1,0 +1,182 @@
+"""A key-value cache that is allocated once, in which look-ahead costs one slot a candidate and a commit moves one slot.
+
+Imports transformers, so it is imported where decoding begins, not before.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+
+class _Layer(CacheLayerMixin):
+    """Keys and values of one layer, `[B, H, capacity, D]`, of which the first `length` slots are in use."""
+
+    is_sliding = False
+    is_croppable = True
+
+    def __init__(self, cache: PrefixCache, index: int):
+        self.cache, self.index = cache, index
+        self.store: tuple[Tensor, Tensor] | None = None
+        self.length = 0
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.store is not None
+
+    @property
+    def keys(self) -> Tensor | None:
+        return None if self.store is None else self.store[0][:, :, : self.length]
+
+    @property
+    def values(self) -> Tensor | None:
+        return None if self.store is None else self.store[1][:, :, : self.length]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        value_states = key_states if value_states is None else value_states
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.store = self.cache.allocate(self.index, key_states, value_states)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes the new states behind those in use; returns views of all, nothing is copied."""
+        start, stop = self.length, self.length + key_states.shape[2]
+        if self.store is None:
+            self.lazy_initialization(key_states, value_states)
+        if stop > self.store[0].shape[2]:
+            self.cache.grow(stop)
+        keys, values = self.store
+        keys[:, :, start:stop] = key_states
+        values[:, :, start:stop] = value_states
+        self.length = stop
+        return keys[:, :, :stop], values[:, :, :stop]
+
+    def get_mask_sizes(self, query: Tensor | int) -> tuple[int, int]:
+        """Length and offset; transformers 4 passes the new positions, 5 their number."""
+        return self.length + (query.shape[0] if isinstance(query, Tensor) else query), 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_max_cache_shape(self) -> int:
+        return -1
+
+    def crop(self, count: int) -> None:
+        """Drops |count| slots where it is negative; keeps `count` where it is not."""
+        self.length = max(0, self.length + count) if count < 0 else min(self.length, count)
+
+    def reset(self) -> None:
+        self.length = 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        if self.store is not None:
+            self.store = tuple(x[indices.to(x.device)] for x in self.store)
+            self.cache.blocks.clear()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.store is not None:
+            self.store = tuple(x.repeat_interleave(repeats, 0) for x in self.store)
+            self.cache.blocks.clear()
+
+
+class PrefixCache(Cache):
+    """Keys and values `[layers, 2, B, H, capacity, D]` in one block, so that all layers commit a slot in one copy.
+
+    `capacity`: slots to begin with; a longer text makes the block grow. A layer of another shape or on another device
+    than the first has a block of its own.
+    """
+
+    def __init__(self, layers: int, capacity: int):
+        self.capacity = capacity
+        self.blocks: list[Tensor] = []  # [n, 2, B, H, capacity, D], or [1, 1, …] where keys and values differ in width
+        self.count = layers
+        super().__init__(layers=[_Layer(self, i) for i in range(layers)])
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
+        while len(self.layers) <= layer_idx:  # a model of more layers than its configuration tells
+            self.layers.append(_Layer(self, len(self.layers)))
+        return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+
+    def allocate(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        shape = (keys.shape[0], keys.shape[1], self.capacity)
+        if keys.shape != values.shape:
+            pair = tuple(x.new_empty(1, 1, *shape, x.shape[3]) for x in (keys, values))
+            self.blocks += pair
+            return pair[0][0, 0], pair[1][0, 0]
+        common = self.blocks[0] if self.blocks else None
+        if common is None:
+            common = keys.new_empty(self.count, 2, *shape, keys.shape[3])
+            self.blocks.append(common)
+        fits = common.shape[1:] == (2, *shape, keys.shape[3]) and index < common.shape[0]
+        if not fits or common.dtype != keys.dtype or common.device != keys.device:
+            common, index = keys.new_empty(1, 2, *shape, keys.shape[3]), 0
+            self.blocks.append(common)
+        return common[index, 0], common[index, 1]
+
+    def grow(self, least: int) -> None:
+        """More slots for every layer, what is in use copied over."""
+        self.capacity = max(least, 2 * self.capacity)
+        self.blocks.clear()
+        for layer in self.layers:
+            if layer.store is not None:
+                old, layer.store = layer.store, None
+                layer.store = self.allocate(layer.index, *old)
+                for new, before in zip(layer.store, old, strict=True):
+                    new[:, :, : layer.length] = before[:, :, : layer.length]
+
+    def rollback(self, slots: int) -> None:
+        for layer in self.layers:
+            layer.length = max(0, layer.length - slots)
+
+    def expand(self, repeats: int) -> None:
+        """Each row `repeats` times, where siblings are rows of the batch: once a text, not once a step."""
+        blocks = [x.repeat_interleave(repeats, 2) for x in self.blocks]
+        views = {x.data_ptr(): (i, x) for i, x in enumerate(self.blocks)}
+        for layer in self.layers:
+            if layer.store is None:
+                continue
+            pair = []
+            for x in layer.store:
+                i, block = next((i, b) for i, b in views.values() if b.untyped_storage().data_ptr()
+                                == x.untyped_storage().data_ptr())  # fmt: skip
+                index = (x.storage_offset() // block.stride(1))
+                pair.append(blocks[i].flatten(0, 1)[index])
+            layer.store = tuple(pair)
+        self.blocks = blocks
+
+    # ------------------------------------------------------------------------------------------------- candidates
+
+    def commit_slot(self, start: int, choice: Tensor) -> None:
+        """Of the siblings in slots start, start + 1, … the chosen one [B] moves to slot `start`; the rest is dropped."""
+        for block in self.blocks:
+            chosen = choice.to(block.device)
+            rows = torch.arange(block.shape[2], device=block.device)
+            block[:, :, :, :, start] = block[:, :, rows, :, start + chosen].permute(1, 2, 0, 3, 4)
+        for layer in self.layers:
+            layer.length = min(layer.length, start + 1)
+
+    def commit_row(self, start: int, choice: Tensor, siblings: int) -> None:
+        """Of the siblings in rows b · siblings + j the chosen one's slot `start` is copied to the others."""
+        for block in self.blocks:
+            chosen = choice.to(block.device)
+            slot = block[:, :, :, :, start].unflatten(2, (-1, siblings))  # [n, 2, B, siblings, H, D]
+            rows = torch.arange(slot.shape[2], device=block.device)
+            slot.copy_(slot[:, :, rows, chosen][:, :, :, None])
+
+    def slots(self, start: int) -> list[Tensor]:
+        """A copy of slot `start`, [n, 2, B, H, D] a block."""
+        return [block[:, :, :, :, start].clone() for block in self.blocks]
+
+    def write_slots(self, start: int, slots: list[Tensor]) -> None:
+        for block, slot in zip(self.blocks, slots, strict=True):
+            block[:, :, :, :, start] = slot
+        for layer in self.layers:
+            layer.length = start + 1 if layer.store is not None else 0
