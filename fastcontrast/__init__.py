@@ -1,5 +1,6 @@
 """Contrastive learning and contrastive decoding that never store what they need not store."""
 
+from .decoding import adacad, cad, cfg, contrastive_decoding, contrastive_search, dola, generate
 from .grad_cache import GradCache
 from .losses import (
     ClipLoss,
@@ -33,8 +34,15 @@ __all__ = [
     "SigLipLoss",
     "SupConLoss",
     "TokenContrastLoss",
+    "adacad",
+    "cad",
+    "cfg",
     "clip_loss",
+    "contrastive_decoding",
+    "contrastive_search",
     "distill_loss",
+    "dola",
+    "generate",
     "info_nce",
     "multi_positive_loss",
     "nt_xent_loss",

@@ -123,7 +123,9 @@ def nearest_launch(candidates: Tensor, context: Tensor, valid: Tensor | None) ->
     """The launch, and keys [B, K, tiles] that it fills."""
     (b, k, d), t = candidates.shape, context.shape[1]
     groups = triton.cdiv(k, BK)
-    block = LARGE if b * groups * triton.cdiv(t, LARGE) >= PROGRAMS else SMALL
+    # Float32 keeps to small tiles: for 64 rows on sm_100 Triton 3.6 takes the matrix units, in TF32, though told not to.
+    large = context.dtype != torch.float32 and b * groups * triton.cdiv(t, LARGE) >= PROGRAMS
+    block = LARGE if large else SMALL
     tiles = triton.cdiv(t, block)
     keys = torch.empty(b, k, tiles, dtype=torch.int64, device=context.device)
     sizes = d, tiles, *candidates.stride()[:2], *context.stride()[:2]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -141,8 +142,8 @@ def _mix_of(parts, weight, rows, row, splits, keep, floor, DIVERGE: tl.constexpr
 
 @triton.jit
 def _bounds(parts, rows, row, splits, threshold, SP: tl.constexpr):
-    """Whether the first row has nothing but −inf, the logit from which on its tokens are plausible, and what −inf in the
-    second counts as."""
+    """Whether the first row is −inf alone, the logit from which on its tokens are plausible, and what −inf in the second
+    counts as."""
     high = tl.max(_parts(parts, FIRST, rows, row, splits, -float("inf"), SP), 0)
     nothing = tl.max((_parts(parts, FIRST + 1, rows, row, splits, 0.0, SP) != 0.0).to(tl.int32), 0) == 0
     least = _parts(parts, LEAST, rows, row, splits, float("inf"), SP)
@@ -204,11 +205,8 @@ def launches(z1: Tensor, z0: Tensor, weight: Tensor | None, settings: Any) -> tu
         for shape in ((PLANES, rows, splits), (rows, vocabulary), (rows,), (rows,))
     )
     sizes = rows, vocabulary, splits, per_split, z1.stride(0), z0.stride(0)
-    tile, options, grid = (
-        {"BV": block, "SP": max(16, triton.next_power_of_2(splits))},
-        {"num_warps": 4},
-        (rows * splits,),
-    )
+    tile = {"BV": block, "SP": max(16, triton.next_power_of_2(splits))}
+    options, grid = {"num_warps": 4}, (rows * splits,)
     sums = [
         Launch(rows_kernel, grid, (z1, z0, parts, *sizes), {"BV": block}, options),
         Launch(gaps_kernel, grid, (z1, z0, parts, *sizes), tile, options),
@@ -232,8 +230,6 @@ def two_logit_mix(z1: Tensor, z0: Tensor, weight: Tensor | None, settings: Any) 
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    from types import SimpleNamespace
-
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for rows, vocabulary in ((1, 50257), (64, 128256)):
             logits = meta(rows, vocabulary, dtype=dtype)

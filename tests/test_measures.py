@@ -11,7 +11,7 @@ from torch import nn
 
 from fastcontrast.decoding.measures import coherence, diversity, isotropy, perplexity, rep_n
 
-# -------------------------------------------------------------------------------------------------------------- isotropy
+# ------------------------------------------------------------------------------------------------------------ isotropy
 
 
 def golden() -> torch.Tensor:
@@ -78,7 +78,7 @@ def test_words_ids_and_tensors_count_alike():
     words = ["a b a b a", "a  b c\n"]
     for texts in (words, [text.split() for text in words], [torch.tensor(text) for text in TEXTS]):
         assert diversity(texts) == diversity(TEXTS)
-    with pytest.raises(ValueError, match="^rep_n: n must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"^rep_n: n must be at least 1, got 0"):
         rep_n(TEXTS, 0)
 
 
@@ -101,7 +101,9 @@ def test_coherence_is_the_mean_cosine():
 def gpt2() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.GPT2Config(vocab_size=61, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=1)
+    config = transformers.GPT2Config(
+        vocab_size=61, n_positions=32, n_embd=16, n_layer=2, n_head=2, initializer_range=1.0
+    )
     return transformers.GPT2LMHeadModel(config)  # in training mode: its dropout must not be heard
 
 
@@ -126,7 +128,7 @@ def test_perplexity_is_that_of_one_token_after_another(gpt2):
     expected = [dense(gpt2, text, 5) for text in IDS]
     gpt2.train()
     gpt2.transformer.h[0].eval()
-    assert perplexity(gpt2, IDS, 5) == pytest.approx(math.exp(-mean(sum(expected, []))), rel=1e-5)
+    assert perplexity(gpt2, IDS, 5) == pytest.approx(math.exp(-mean([x for text in expected for x in text])), rel=1e-5)
     each = perplexity(gpt2, IDS, 5, per_text=True, batch_size=2)
     assert each.tolist() == pytest.approx([math.exp(-mean(x)) for x in expected], rel=1e-5)
     assert gpt2.training and not gpt2.transformer.h[0].training and not gpt2.transformer.h[0].attn.training
@@ -146,7 +148,7 @@ def test_padding_changes_nothing(gpt2, side):
     found = perplexity(gpt2, ids, torch.tensor(prompts), attention_mask=mask, per_text=True)
     assert found.tolist() == pytest.approx([math.exp(-mean(x)) for x in expected], rel=1e-4)
     total = perplexity(gpt2, ids, torch.tensor(prompts), attention_mask=mask, batch_size=1)
-    assert total == pytest.approx(math.exp(-mean(sum(expected, []))), rel=1e-4)
+    assert total == pytest.approx(math.exp(-mean([x for text in expected for x in text])), rel=1e-4)
 
 
 def test_coherence_of_the_second_paper_is_the_mean_log_probability(gpt2):

@@ -147,7 +147,7 @@ class PrefixCache(Cache):
             for x in layer.store:
                 i, block = next((i, b) for i, b in views.values() if b.untyped_storage().data_ptr()
                                 == x.untyped_storage().data_ptr())  # fmt: skip
-                index = (x.storage_offset() // block.stride(1))
+                index = x.storage_offset() // block.stride(1)
                 pair.append(blocks[i].flatten(0, 1)[index])
             layer.store = tuple(pair)
         self.blocks = blocks
@@ -155,7 +155,7 @@ class PrefixCache(Cache):
     # ------------------------------------------------------------------------------------------------- candidates
 
     def commit_slot(self, start: int, choice: Tensor) -> None:
-        """Of the siblings in slots start, start + 1, … the chosen one [B] moves to slot `start`; the rest is dropped."""
+        """Of the siblings in slots start, start + 1, … the chosen one [B] moves to `start`; the rest is dropped."""
         for block in self.blocks:
             chosen = choice.to(block.device)
             rows = torch.arange(block.shape[2], device=block.device)

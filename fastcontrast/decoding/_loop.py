@@ -172,7 +172,8 @@ def check_config(op: str, model: Any, config: Any, model_kwargs: dict[str, Any])
         raise ValueError(f"{op}: use_cache must be True, got False: each step needs the keys and values before it")
     if getattr(model, "_is_stateful", False) or "cache_params" in model_kwargs:
         raise ValueError(
-            f"{op}: the model must keep keys and values, {type(model).__name__} has a recurrent state that cannot step back"
+            f"{op}: the model must keep keys and values, {type(model).__name__} has a recurrent state, "
+            "which cannot step back"
         )
     given = model_kwargs.get("past_key_values")
     if given is not None and given.get_seq_length() > 0:

@@ -168,7 +168,9 @@ class Prefix:
 
     # ------------------------------------------------------------------------------------------------ forward passes
 
-    def run(self, ids: Tensor, pick: Callable[[Tensor], Tensor], take: Callable[[Tensor], Tensor], **inputs: Any) -> Any:
+    def run(
+        self, ids: Tensor, pick: Callable[[Tensor], Tensor], take: Callable[[Tensor], Tensor], **inputs: Any
+    ) -> Any:
         """One forward pass. `pick` sees the last hidden states and returns those of which logits are wanted; where the
         head cannot be tapped, `take` does the same to the logits of all."""
         loop, prefix = self.loop, "decoder_" if self.seq2seq else ""

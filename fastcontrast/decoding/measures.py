@@ -155,8 +155,8 @@ def perplexity(
     """exp(−1/N Σ log p(x_t | x_<t)) over the N tokens of the continuations.
 
     Args:
-        model: a causal language model as Hugging Face has them: `model(input_ids=..., attention_mask=...).logits`. It is
-            put into evaluation mode for the call.
+        model: a causal language model as Hugging Face has them: `model(input_ids=..., attention_mask=...).logits`. It
+            is put into evaluation mode for the call.
         input_ids: [B, S], prompts and continuations in one.
         prompt_length: tokens of each text, padding not counted, that are given and not scored; one number or [B]. The
             first token has nothing before it and is never scored.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._dispatch import choose, register
+from ._dispatch import choose, native, register
 from ._formed import formed
 from ._precision import float32, without_autocast
 from ._workspace import buffer, workspace_bytes
@@ -61,7 +61,7 @@ def _pairs(hidden: Tensor, valid: Tensor | None) -> Tensor | int:
     if valid is None:
         return max(1, hidden.shape[0] * hidden.shape[1] * (hidden.shape[1] - 1))
     lengths = valid.sum(1)
-    return (lengths * (lengths - 1)).sum().clamp(min=1)
+    return (lengths * (lengths - 1)).sum().clamp(min=1).double()  # 2 / Z of integers would be float32
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles
@@ -87,7 +87,8 @@ def _tiled(hidden: Tensor, valid: Tensor | None, margin: float, mean: bool, work
 
 
 def _buffer(numel: int, device: torch.device) -> Tensor:
-    return buffer(numel) if device.type == "cpu" else torch.empty(numel, device=device)
+    pooled = device.type == "cpu" and native is not None  # the pool asks the C++ core for huge pages
+    return buffer(numel) if pooled else torch.empty(numel, device=device)
 
 
 def _length(x: slice) -> int:
@@ -240,8 +241,9 @@ def token_contrast_margin(
         implementation: None, "torch" or "reference", which has gradients of gradients.
 
     Returns a scalar, float32 (float64 for float64): cosines, sums and gradients are float32 whatever the dtype. Norms
-    are clamped at 1e-12, so a vector of zeros has cosine 0. NaN in a valid token makes the loss NaN, and the gradients
-    of its own sequence, no others'.
+    are clamped at 1e-12, so a vector of zeros has cosine 0. A cosine within rounding of 1 − margin may fall on either
+    side of the hinge: the loss does not notice, and the gradient differs by that pair's. NaN in a valid token makes the
+    loss NaN, and the gradients of its own sequence, no others'.
     Raises: ValueError or TypeError naming the argument, what was expected and what came; NotImplementedError if the
     requested implementation cannot run, with the reason.
     Source: Su et al. 2022, "A Contrastive Framework for Neural Text Generation", equation 2.
