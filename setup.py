@@ -104,11 +104,7 @@ class Build(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         objects = [str(folder / f"{Path(source).stem}.o") for source in sources]
         with ThreadPoolExecutor(2) as pool:
-            list(
-                pool.map(
-                    lambda pair: run_nvcc(*NVCC_FLAGS, "-c", pair[0], "-o", pair[1]), zip(sources, objects, strict=True)
-                )
-            )
+            list(pool.map(lambda source, target: run_nvcc(*NVCC_FLAGS, "-c", source, "-o", target), sources, objects))
         return objects
 
 

@@ -123,7 +123,7 @@ def nearest_launch(candidates: Tensor, context: Tensor, valid: Tensor | None) ->
     """The launch, and keys [B, K, tiles] that it fills."""
     (b, k, d), t = candidates.shape, context.shape[1]
     groups = triton.cdiv(k, BK)
-    # Float32 keeps to small tiles: for 64 rows on sm_100 Triton 3.6 takes the matrix units, in TF32, though told not to.
+    # Float32 keeps to small tiles: of 64 rows, Triton 3.6 may make TF32 products on sm_100, whatever it is told.
     large = context.dtype != torch.float32 and b * groups * triton.cdiv(t, LARGE) >= PROGRAMS
     block = LARGE if large else SMALL
     tiles = triton.cdiv(t, block)

@@ -142,8 +142,8 @@ def _mix_of(parts, weight, rows, row, splits, keep, floor, DIVERGE: tl.constexpr
 
 @triton.jit
 def _bounds(parts, rows, row, splits, threshold, SP: tl.constexpr):
-    """Whether the first row is −inf alone, the logit from which on its tokens are plausible, and what −inf in the second
-    counts as."""
+    """Whether the first row is −inf alone, the logit from which on its tokens are plausible, and what −inf counts as in
+    the second."""
     high = tl.max(_parts(parts, FIRST, rows, row, splits, -float("inf"), SP), 0)
     nothing = tl.max((_parts(parts, FIRST + 1, rows, row, splits, 0.0, SP) != 0.0).to(tl.int32), 0) == 0
     least = _parts(parts, LEAST, rows, row, splits, float("inf"), SP)

@@ -97,11 +97,12 @@ __global__ void __launch_bounds__(kThreads)
     __shared__ uint64_t warp_keys[kWarps][kWarp];
     sum = block_reduce(sum, MergeSums{}, warp_sums);
     best.gather(warp_keys);
-    if (threadIdx.x >= wanted) return;  // the first warp is left
-    const int64_t at = row * k + threadIdx.x;
+    const int rank = threadIdx.x;
+    if (rank >= wanted) return;  // the first warp is left
+    const int64_t at = row * k + rank;
     probabilities[at] = sum.sum == 0.0f ? 0.0f : expf(value_of(best.key) - sum.high) / sum.sum;
     tokens[at] = index_of(best.key);
-    if (threadIdx.x == wanted - 1) found[row] = best.key;
+    if (rank == wanted - 1) found[row] = best.key;
 }
 
 // ----------------------------------------------------------------------------------------------------------- the

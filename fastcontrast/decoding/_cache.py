@@ -87,6 +87,13 @@ class _Layer(CacheLayerMixin):
             self.cache.blocks.clear()
 
 
+def select_rows(past: Any, rows: Tensor) -> None:
+    """Keeps these rows of the batch; `transformers` has no such thing for an encoder-decoder's pair of caches."""
+    for cache in (getattr(past, "self_attention_cache", past), getattr(past, "cross_attention_cache", None)):
+        if cache is not None:
+            cache.batch_select_indices(rows)
+
+
 class PrefixCache(Cache):
     """Keys and values `[layers, 2, B, H, capacity, D]` in one block, so that all layers commit a slot in one copy.
 

@@ -95,7 +95,7 @@ class Loop:
         self.finished = not bool(self.unfinished.any())
         return tokens
 
-    def result(self, cache: Any, encoder_outputs: Any = None) -> Any:
+    def result(self, cache: Callable[[], Any], encoder_outputs: Any = None) -> Any:
         """Token ids, or under `return_dict_in_generate` what `generate` returns for this kind of model."""
         if not self.returns_dict:
             return self.ids
@@ -108,7 +108,7 @@ class Loop:
             "sequences": self.ids,
             "scores": kept(self.keeps_scores, self.scores),
             "logits": kept(self.keeps_logits, self.logits),
-            "past_key_values": cache,
+            "past_key_values": cache(),
         }
         hidden, attentions = kept(self.keeps_hidden, self.hidden), kept(self.keeps_attentions, self.attentions)
         if not self.model.config.is_encoder_decoder:

@@ -21,6 +21,7 @@ from ._loop import CONTROL, Loop, Tap, accepts, check_config, check_prompt, posi
 OP = "contrastive_search"
 ALPHA, TOP_K = 0.6, 4
 LOOKAHEADS = ("tree", "repeat", "sequential")
+Pick = Callable[[Tensor], Tensor]
 LIBRARY_TOP_K = 50  # what a GenerationConfig says of top_k when nobody set it
 
 
@@ -48,8 +49,8 @@ def contrastive_search(
         penalty_alpha: α in [0, 1]; 0 is greedy search. None: the generation config's, else 0.6.
         top_k: k ≥ 1; 1 is greedy search; more than the vocabulary means all of it. None: the generation config's unless
             that is the library's own 50, else 4.
-        lookahead: "tree": the k candidates are k queries over one prefix, kept apart by an explicit mask, in one forward
-            pass; nothing but k slots of keys and values is added. "repeat": they are rows of the batch; the prefix is
+        lookahead: "tree": the k candidates are k queries over one prefix, kept apart by an explicit mask, in one
+            forward pass; nothing but k slots of keys and values is added. "repeat": they are rows of the batch; the prefix is
             held k times, copied once. "sequential": k forward passes, one slot more. None: "tree" where the model
             allows, else "repeat"; `fastcontrast.ops.trace()` says which ran, and why not the other.
         stream_to: a streamer. It gets the prompt, then each step's tokens, and is ended even if a step fails.
@@ -84,7 +85,7 @@ def contrastive_search(
             probabilities, tokens = contrastive_candidates(scores, k)
             logits, chosen = step(tokens, probabilities, alpha)
             loop.append(tokens.gather(1, chosen.to(tokens.device)[:, None])[:, 0])
-        return loop.result(prefix.finish(), model_kwargs.get("encoder_outputs"))
+        return loop.result(prefix.finish, model_kwargs.get("encoder_outputs"))
 
 
 def _settings(config: Any, alpha: float | None, k: int | None, model: Any) -> tuple[float, int]:
@@ -168,9 +169,7 @@ class Prefix:
 
     # ------------------------------------------------------------------------------------------------ forward passes
 
-    def run(
-        self, ids: Tensor, pick: Callable[[Tensor], Tensor], take: Callable[[Tensor], Tensor], **inputs: Any
-    ) -> Any:
+    def run(self, ids: Tensor, pick: Pick, take: Pick, **inputs: Any) -> Any:
         """One forward pass. `pick` sees the last hidden states and returns those of which logits are wanted; where the
         head cannot be tapped, `take` does the same to the logits of all."""
         loop, prefix = self.loop, "decoder_" if self.seq2seq else ""
@@ -367,12 +366,11 @@ class Prefix:
 
     def finish(self) -> Any:
         """The cache, without the token that was appended last: greedy search has not read that one yet."""
+        from ._cache import select_rows
+
         self.cache.rollback(1)
-        k = self.k
         if self.cache.layers[0].store[0].shape[0] != self.rows:  # "repeat": one row of each group of siblings
-            self.cache.batch_select_indices(torch.arange(self.rows) * k)
-            if self.seq2seq:
-                self.past.cross_attention_cache.batch_select_indices(torch.arange(self.rows) * k)
+            select_rows(self.past, torch.arange(self.rows) * self.k)
         return self.past
 
 

@@ -2,8 +2,8 @@
 
 mixed = (1 + a) z₁ − a z₀, or on the tokens that z₁ finds plausible, z₁ − w z₀
 
-AdaCAD, CAD, CFG: z₁ with a context or a condition, z₀ without, by one model in one batch. Contrastive decoding: z₁ by an
-expert, z₀ by an amateur. DoLa: z₁ from the last layer, z₀ from an earlier one. All of them on `ops.two_logit_mix`.
+AdaCAD, CAD, CFG: z₁ with a context or a condition, z₀ without, by one model in one batch. Contrastive decoding: z₁ by
+an expert, z₀ by an amateur. DoLa: z₁ from the last layer, z₀ from an earlier one. All of them on `ops.two_logit_mix`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._loop import CONTROL, Loop, accepts, check_config, check_prompt, positions
 
 
 class Reader:
-    """A model and the texts that it has read, in a cache of its own: `read(ids)` gives the logits of what comes next."""
+    """A model and the texts it has read, in a cache of its own: `read(ids)` gives the logits of what comes next."""
 
     def __init__(self, model: Any, mask: Tensor | None, rows: int, capacity: int, inputs: dict[str, Any] | None = None):
         from ._cache import PrefixCache
@@ -80,9 +80,7 @@ def _unconditional(op: str, ids: Tensor | None, mask: Tensor | None, like: Tenso
     if ids.ndim != 2 or ids.shape[0] not in (1, rows) or ids.is_floating_point():
         raise ValueError(f"{op}: unconditional_ids must be token ids [{rows}, L], got {list(ids.shape)}")
     if ids.shape[1] == 0:
-        raise ValueError(
-            f"{op}: unconditional_ids must hold at least one token (a BOS at least), got {list(ids.shape)}"
-        )
+        raise ValueError(f"{op}: unconditional_ids must hold at least one token (a BOS), got {list(ids.shape)}")
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"{op}: unconditional_mask must be {list(ids.shape)}, got {list(mask.shape)}")
     mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
@@ -146,7 +144,9 @@ class TwoContexts:
         return logits[: self.rows], logits[self.rows :]
 
     def cache(self) -> Any:
-        self.reader.past.batch_select_indices(torch.arange(self.rows))
+        from ._cache import select_rows
+
+        select_rows(self.reader.past, torch.arange(self.rows))
         return self.reader.past
 
 
@@ -196,9 +196,8 @@ class TwoLayers:
         )
         allowed = ("encoder_outputs", "decoder_attention_mask") if self.seq2seq else ()
         _extra(op, model_kwargs, allowed)
-        inputs = {
-            n: model_kwargs[n] for n in ("encoder_outputs", "attention_mask") if self.seq2seq and n in model_kwargs
-        }
+        names = ("encoder_outputs", "attention_mask") if self.seq2seq else ()
+        inputs = {name: model_kwargs[name] for name in names if name in model_kwargs}
         self.reader = Reader(model, mask, len(loop.ids), loop.prompt + more, inputs)
         self.chosen: list[int] = []
 
@@ -280,7 +279,7 @@ def _decode(op: str, model, input_ids, processors, criteria, config, sides: Call
             if loop.done:
                 break
             logits = pair.go_on(tokens)
-        result = loop.result(pair.cache(), model_kwargs.get("encoder_outputs"))
+        result = loop.result(pair.cache, model_kwargs.get("encoder_outputs"))
         if return_divergence:
             result["weights"], result["divergences"] = tuple(weights), tuple(divergences)
             if isinstance(pair, TwoLayers):
@@ -297,8 +296,8 @@ def adacad(
     """p ∝ softmax((1 + a) z₁ − a z₀), a = max(JSD(softmax z₁, softmax z₀), floor), anew in each step and row.
 
     z₁ are the logits of the prompt with its context document, z₀ those of the prompt without: the more the document
-    contradicts what the model knows, the more it counts. For `generate(..., custom_generate=adacad, unconditional_ids=)`
-    or `fastcontrast.generate(model, method="adacad", ...)`.
+    contradicts what the model knows, the more it counts. For `generate(..., custom_generate=adacad, ...)` or
+    `fastcontrast.generate(model, method="adacad", ...)`.
 
     Args:
         unconditional_ids: [R, L₀] or [L₀], the prompts without the context, padded on the left (for an encoder-decoder:
@@ -315,9 +314,10 @@ def adacad(
     Source: Wang et al., "AdaCAD: Adaptively Decoding to Balance Conflicts between Contextual and Parametric Knowledge"
     (2024).
     """
+    without = unconditional_ids, unconditional_mask
     return _decode(
         "adacad", model, input_ids, logits_processor, stopping_criteria, generation_config,
-        lambda loop, more: TwoContexts("adacad", model, loop, more, unconditional_ids, unconditional_mask, model_kwargs),
+        lambda loop, more: TwoContexts("adacad", model, loop, more, *without, model_kwargs),
         lambda z1, z0: two_logit_mix(z1, z0, floor=floor),
         return_divergence, stream_to, streamer, synced_gpus, model_kwargs,
     )  # fmt: skip
@@ -335,9 +335,10 @@ def cad(
 
     Source: Shi et al., "Trusting Your Evidence: Hallucinate Less with Context-aware Decoding" (2023).
     """
+    without = unconditional_ids, unconditional_mask
     return _decode(
         "cad", model, input_ids, logits_processor, stopping_criteria, generation_config,
-        lambda loop, more: TwoContexts("cad", model, loop, more, unconditional_ids, unconditional_mask, model_kwargs),
+        lambda loop, more: TwoContexts("cad", model, loop, more, *without, model_kwargs),
         lambda z1, z0: two_logit_mix(z1, z0, weight, divergence=return_divergence),
         return_divergence, stream_to, streamer, synced_gpus, model_kwargs,
     )  # fmt: skip
@@ -361,9 +362,10 @@ def cfg(
         if model.config.is_encoder_decoder:
             raise ValueError("cfg: unconditional_ids must be given for an encoder-decoder, got None")
         unconditional_ids = input_ids[:, -1:]
+    without = unconditional_ids, unconditional_mask
     return _decode(
         "cfg", model, input_ids, logits_processor, stopping_criteria, generation_config,
-        lambda loop, more: TwoContexts("cfg", model, loop, more, unconditional_ids, unconditional_mask, model_kwargs),
+        lambda loop, more: TwoContexts("cfg", model, loop, more, *without, model_kwargs),
         lambda z1, z0: two_logit_mix(z1, z0, guidance - 1.0, divergence=return_divergence),
         return_divergence, stream_to, streamer, synced_gpus, model_kwargs,
     )  # fmt: skip
