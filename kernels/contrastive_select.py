@@ -46,12 +46,11 @@ def _keep_best(keys, out, k):
 def top_kernel(logits, keys, highs, sums, vocabulary, k, blocks, stride, BV: tl.constexpr):
     pid = tl.program_id(0).to(tl.int64)
     o = pid % blocks * BV + tl.arange(0, BV)
-    mask = o < vocabulary
-    z = tl.load(logits + pid // blocks * stride + o, mask=mask, other=-float("inf")).to(tl.float32)
+    z = tl.load(logits + pid // blocks * stride + o, mask=o < vocabulary, other=-float("inf")).to(tl.float32)
     high = tl.max(tl.where(z == z, z, -float("inf")), 0)
     tl.store(highs + pid, high)
     tl.store(sums + pid, tl.sum(tl.exp(z - offset_of(high)), 0))
-    _keep_best(tl.where(mask, pack(z, o), NOTHING), keys + pid * k, k)
+    _keep_best(pack(z, o), keys + pid * k, k)  # what lies beyond the vocabulary comes after all of it
 
 
 @triton.jit(do_not_specialize=["count", "k", "blocks"])

@@ -1,11 +1,11 @@
-"""Compiles every Triton kernel in every configuration of its table, without a GPU: `make gate`.
+"""Compiles every Triton kernel in every case of its table, and every CUDA C++ kernel, without a GPU: `make gate`.
 
-    python tests/compile_gate.py [--arch 80 90 100] [--json FILE] [--only TEXT]
+    python tests/compile_gate.py [--arch 80 90 100] [--json FILE] [--only TEXT] [--without-cuda]
 
 Prints kernel × case × architecture with registers a thread, stack (where spilled registers go), shared memory and
 whether the chip's matrix units are used; fails on a spill, on what does not fit the chip, or on a half-precision
 product that misses the matrix units of sm_90 (wgmma) or sm_100 (tcgen05). Kernels are found in kernels/*.py: each file
-says with `compile_cases(capability)` what there is.
+says with `compile_cases(capability)` what there is; and in csrc/cuda/*.cu, where there is an nvcc.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import importlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +30,8 @@ SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may h
 REGISTERS = 255
 MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 PROCESSES = 2
+CSRC = Path(__file__).parents[1] / "csrc"
+CUDA_TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
 
 
 @dataclass
@@ -102,19 +105,67 @@ def compile_case(name: str, index: int, architecture: int) -> Compiled:
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread and bytes of stack, as the assembler wrote them down."""
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    """Registers a thread and bytes of stack of the only kernel, as the assembler wrote them down."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "--dump-resource-usage", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if found is None:
+        [(_, registers, stack, _)] = usage(Path(file.name))
+    return registers, stack
+
+
+def usage(cubin: Path) -> list[tuple[str, int, int, int]]:
+    """Name, registers a thread, bytes of stack and bytes of shared memory of each kernel."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    command = [str(tool), "--dump-resource-usage", str(cubin)]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", text)
+    if not found:
         raise RuntimeError(f"cuobjdump said nothing of registers: {text[:300]}")
-    return int(found[1]), int(found[2])
+    return [(name, *map(int, numbers)) for name, *numbers in found]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=Path(home, "bin")) if home else shutil.which("nvcc")
+
+
+def compile_cuda(source: Path, architecture: int) -> list[Compiled]:
+    """A row for each kernel of the file."""
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "out.cubin")
+        command = [find_nvcc(), "-cubin", f"-arch={CUDA_TARGETS[architecture]}", "-O3", "-std=c++17"]
+        command += ["--expt-relaxed-constexpr", "-I", str(CSRC), str(source), "-o", str(cubin)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        seconds = time.monotonic() - start
+        if done.returncode:
+            said = f"does not compile: {done.stderr.strip()[-300:]}"
+            return [Compiled(source.name, "", architecture, seconds=seconds, fault=said)]
+        found = usage(cubin)
+    rows = []
+    for name, registers, stack, shared in found:
+        row = Compiled(source.name, readable(name), architecture, registers, stack, shared, seconds=seconds)
+        row.fault = fault(row, needs_matrix_units=False)
+        rows.append(row)
+    return sorted(rows, key=lambda row: row.case)
+
+
+def readable(symbol: str) -> str:
+    """`kernel<float, true>` for its mangled name, where there is a c++filt."""
+    if (tool := shutil.which("c++filt")) is None:
+        return symbol
+    text = subprocess.run([tool, symbol], capture_output=True, text=True, check=True).stdout.strip()
+    text = re.sub(r"fastcontrast::cuda::|\(anonymous namespace\)::|^void ", "", text)
+    return re.sub(r"\(.*", "", text)
+
+
+def run_cuda(architectures: list[int], only: str = "") -> list[Compiled]:
+    jobs = [(source, architecture) for source in sorted((CSRC / "cuda").glob("*.cu")) for architecture in architectures]
+    with ThreadPoolExecutor(PROCESSES) as pool:
+        rows = [row for rows in pool.map(compile_cuda, *zip(*jobs, strict=True)) for row in rows]
+    return [row for row in rows if only in f"{row.kernel} {row.case}"]
 
 
 def fault(row: Compiled, needs_matrix_units: bool) -> str:
@@ -153,6 +204,7 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
     parser.add_argument("--json", metavar="FILE")
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose kernel and name contain this")
+    parser.add_argument("--without-cuda", action="store_true", help="Triton kernels alone")
     arguments = parser.parse_args()
     import triton
 
@@ -160,6 +212,10 @@ def main() -> int:
         # A cache of its own; and multiply-add fusion as the kernels are meant, whatever the version's default.
         os.environ.update(TRITON_CACHE_DIR=cache, TRITON_DEFAULT_FP_FUSION="1")
         rows = run(arguments.arch, arguments.only)
+    if not arguments.without_cuda and find_nvcc() is None:
+        print("The CUDA C++ kernels are left out: there is no nvcc in CUDA_HOME or on the PATH.")
+    elif not arguments.without_cuda:
+        rows += run_cuda(arguments.arch, arguments.only)
     faults = [row for row in rows if row.fault]
     print(f"Triton {triton.__version__}\n{table(rows)}\n{len(rows)} kernels compiled, {len(faults)} faults")
     if arguments.json:

@@ -27,7 +27,8 @@ def test_every_kernel_compiles_and_fits(version, tmp_path):
             pytest.skip(f"no Triton in {OLDEST}")
         environment["PYTHONPATH"] = str(OLDEST)
     out = tmp_path / "gate.json"
-    command = [sys.executable, str(ROOT / "tests" / "compile_gate.py"), "--json", str(out)]
+    # The CUDA C++ kernels have a test of their own, and no version of Triton.
+    command = [sys.executable, str(ROOT / "tests" / "compile_gate.py"), "--without-cuda", "--json", str(out)]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert out.exists(), done.stderr[-3000:]
     found = json.loads(out.read_text())

@@ -4,6 +4,9 @@ The same kernels run everywhere else in Triton's interpreter (test_kernels_*.py)
 shared memory, precision of tensor cores, and everything below about the stream.
 """
 
+import itertools
+import math
+
 import pytest
 import torch
 from similarity import assert_accurate, assert_same, biased, embeddings, evaluate, generator, unit
@@ -318,3 +321,255 @@ def test_grad_cache_trains_two_towers():
     assert relative_error(loss, whole) < 1e-5
     for p, g in zip([p for tower in towers for p in tower.parameters()], gradients, strict=True):
         assert relative_error(p.grad, g) < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------- decoding
+
+KERNELS = pytest.mark.parametrize("implementation", ["cuda", "triton"])
+
+
+def need(op: str, implementation: str) -> None:
+    if reason := ops.explain(op, "cuda")[implementation]:
+        pytest.skip(reason)
+
+
+def normal(*shape: int, dtype=torch.float32, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, device="cuda", generator=torch.Generator("cuda").manual_seed(seed)).to(dtype)
+
+
+def assert_close(actual, expected, limit: float = 1e-5) -> None:
+    """NaN and infinities in the same places, the rest within `limit` of 1 + |expected|."""
+    actual, expected = actual.double(), expected.double()
+    assert torch.equal(actual.isnan(), expected.isnan())
+    finite = expected.isfinite()
+    assert torch.equal(actual.isfinite(), finite)
+    assert torch.equal(actual[expected.isinf()], expected[expected.isinf()])
+    assert not finite.any() or ((actual - expected).abs() / (1 + expected.abs()))[finite].max() < limit
+
+
+def assert_same_bits(first, second) -> None:
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def assert_cosines(candidates, context, valid, implementation) -> None:
+    values, indices = ops.max_cosine(candidates, context, valid, implementation=implementation)
+    expected = ops.max_cosine(candidates.double(), context.double(), valid)
+    assert_close(values, expected[0])
+    assert torch.equal(indices == -1, expected[1] == -1)
+    if context.shape[1]:
+        # Where rounding decides between two positions either may be named.
+        at = indices.clamp(min=0)[..., None].expand(*candidates.shape)
+        named = F.cosine_similarity(candidates.double(), context.double().gather(1, at), dim=2, eps=1e-12)
+        assert_close(named[indices >= 0], expected[0][indices >= 0], 1e-6)
+
+
+def assert_selected(probabilities, candidates, context, valid, implementation) -> None:
+    problem = (candidates, context, valid)
+    actual = ops.contrastive_select(probabilities, *problem, alpha=0.6, implementation=implementation)
+    expected = ops.contrastive_select(
+        probabilities.double(), *(x if x is None or x.dtype == torch.bool else x.double() for x in problem), alpha=0.6
+    )
+    assert_close(actual.degeneration, expected.degeneration)
+    assert_close(actual.score, expected.score)
+    chosen, best = (expected.score.gather(1, x.choice[:, None]) for x in (actual, expected))
+    assert_close(chosen, best, 1e-5)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("d", [1, 40, 768, 4096])
+@pytest.mark.parametrize("t", [1, 7, 257, 4096])
+def test_cosines(t, d, dtype, implementation):
+    need("max_cosine", implementation)
+    for b, k in itertools.product((1, 3), (1, 5, 8)):
+        candidates, context = normal(b, k, d, dtype=dtype, seed=1), normal(b, t, d, dtype=dtype, seed=2)
+        valid = normal(b, t, seed=3) > 0
+        valid[-1] = False
+        for mask in (None, valid):
+            assert_cosines(candidates, context, mask, implementation)
+            assert_selected(normal(b, k, seed=4).softmax(1), candidates, context, mask, implementation)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cosines_at_the_edges(dtype, implementation):
+    need("max_cosine", implementation)
+    candidates, context = normal(3, 5, 40, dtype=dtype, seed=1), normal(3, 257, 40, dtype=dtype, seed=2)
+    context[:, 11] = context[:, 200] = context[:, 201] = candidates[:, 0]  # the first of equals
+    context[1, 30, 7] = context[1, 100, 0] = math.nan  # the first NaN, before any number
+    candidates[2, 1] = 0.0
+    candidates[2, 2, 3] = math.nan
+    valid = torch.ones(3, 257, dtype=torch.bool, device="cuda")
+    valid[2, :5] = False
+    values, indices = ops.max_cosine(candidates, context, valid, implementation=implementation)
+    assert_close(values, ops.max_cosine(candidates.double(), context.double(), valid)[0])
+    assert indices[0, 0] == indices[2, 0] == 11
+    assert indices[1].tolist() == [30] * 5
+    assert indices[2, 1:3].tolist() == [5, 5]
+    for wide in (40, 37):  # rows that do and do not begin where a 128-bit load may
+        rows = normal(3, 257, 41, dtype=dtype, seed=3)
+        assert_cosines(rows[:, :5, 1 : 1 + wide], rows[:, :, :wide], valid, implementation)
+    assert_cosines(candidates[:, :, :1], context[:, :0, :1], None, implementation)
+    assert_cosines(*(normal(2, n, 64, dtype=dtype, seed=n) for n in (19, 70)), None, implementation)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 7, 50257, 128256])
+def test_candidates(vocabulary, dtype, implementation):
+    need("contrastive_select", implementation)
+    for rows, k in itertools.product((1, 3), (1, 5, 32, 50)):
+        k = min(k, vocabulary)
+        for kind in ("normal", "ties", "banned"):
+            logits = normal(rows, vocabulary, dtype=dtype, seed=k) * 3
+            if kind == "ties":
+                logits = logits.round()
+            elif kind == "banned":
+                logits[normal(rows, vocabulary, seed=5) < 2] = -math.inf
+                logits[0] = -math.inf
+            actual = ops.contrastive_candidates(logits, k, implementation=implementation)
+            expected = ops.contrastive_candidates(logits.double(), k)
+            assert torch.equal(actual[1], expected[1])
+            assert_close(actual[0], expected[0])
+
+
+def assert_mixed(z1, z0, options: dict, implementation: str) -> None:
+    options = {"divergence": True, **options}
+    actual = ops.two_logit_mix(z1, z0, implementation=implementation, **options)
+    expected = ops.two_logit_mix(z1.double(), z0.double(), **options)
+    assert_close(actual.divergence, expected.divergence)
+    assert_close(actual.weight, expected.weight)
+    # A token at the border of the plausible falls where float32 puts it.
+    banned = ops.two_logit_mix(z1, z0, implementation="reference", **options).log_probabilities == -math.inf
+    assert torch.equal(actual.log_probabilities == -math.inf, banned)
+    agreed = (expected.log_probabilities == -math.inf) == banned
+    assert_close(actual.log_probabilities[agreed], expected.log_probabilities[agreed])
+
+
+MIXES = {
+    "adacad": {"floor": 0.05},
+    "cad": {"weight": 0.7},
+    "decoding": {"weight": 0.5, "keep": 1.0, "plausibility": 0.1},
+    "greedy": {"weight": 0.5, "keep": 1.0, "plausibility": 1.0},
+}
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 7, 50257, 128256])
+@pytest.mark.parametrize("options", MIXES.values(), ids=MIXES)
+def test_mixes(options, vocabulary, dtype, implementation):
+    need("two_logit_mix", implementation)
+    for rows in (1, 3):
+        z1, z0 = (normal(rows, vocabulary, dtype=dtype, seed=seed) * 2 for seed in (1, 2))
+        assert_mixed(z1, z0, options, implementation)
+        same = ops.two_logit_mix(z1, z1.clone(), divergence=True, implementation=implementation)
+        assert (same.divergence == 0).all()
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", MIXES.values(), ids=MIXES)
+def test_mixes_at_the_edges(options, dtype, implementation):
+    need("two_logit_mix", implementation)
+    z1, z0 = (normal(9, 5003, dtype=dtype, seed=seed) for seed in (1, 2))
+    z1[1, 5], z0[2, 5] = math.nan, math.nan
+    z1[3], z0[4], z1[5], z0[5] = (-math.inf,) * 4
+    z1[6, ::2], z0[7, ::2] = -math.inf, -math.inf
+    z0[8, 7], z1[8, 7], z0[8, 8] = math.nan, -math.inf, -math.inf
+    assert_mixed(z1, z0, options, implementation)
+    assert_mixed(z1[:, 1:4001], z0[:, :4000], options, implementation)
+
+
+def decoding_problem(dtype=torch.bfloat16, seed: int = 0) -> tuple[torch.Tensor, ...]:
+    """Candidates, context, valid, probabilities, and two rows of logits."""
+    valid = normal(3, 70, seed=seed + 3) > 0
+    hidden = (normal(3, n, 40, dtype=dtype, seed=seed + n) for n in (5, 70))
+    logits = (normal(3, 2571, dtype=dtype, seed=seed + i) for i in (5, 6))
+    return (*hidden, valid, normal(3, 5, seed=seed + 4).softmax(1), *logits)
+
+
+def decode(candidates, context, valid, probabilities, z1, z0, implementation) -> list[torch.Tensor]:
+    how = {"implementation": implementation}
+    return [
+        *ops.max_cosine(candidates, context, valid, **how),
+        *ops.contrastive_candidates(z1, 40, **how),
+        *ops.contrastive_select(probabilities, candidates, context, valid, alpha=0.6, **how),
+        *ops.two_logit_mix(z1, z0, **how),
+        *ops.two_logit_mix(z1, z0, 0.5, keep=1.0, plausibility=0.1, divergence=True, **how),
+    ]
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_small_decoding(dtype, implementation):
+    for op in ("max_cosine", "contrastive_select", "two_logit_mix"):
+        need(op, implementation)
+    candidates, context, valid, probabilities, z1, z0 = decoding_problem(dtype)
+    assert_cosines(candidates, context, valid, implementation)
+    assert_cosines(candidates[:, :1, 1:], context[:, :, 1:], valid, implementation)
+    assert_selected(probabilities, candidates, context, valid, implementation)
+    for k in (1, 40):
+        actual = ops.contrastive_candidates(z1, k, implementation=implementation)
+        assert torch.equal(actual[1], ops.contrastive_candidates(z1.double(), k)[1])
+    for options in MIXES.values():
+        assert_mixed(z1, z0, options, implementation)
+
+
+@KERNELS
+def test_decoding_has_the_same_bits_on_every_run_and_stream_and_waits_for_nothing(implementation):
+    need("max_cosine", implementation)
+    problem = decoding_problem()
+    first = decode(*problem, implementation)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = decode(*problem, implementation)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        third = decode(*problem, implementation)
+        torch.cuda.current_stream().synchronize()
+    assert_same_bits(first, second)
+    assert_same_bits(first, third)
+
+
+@KERNELS
+def test_decoding_in_a_graph_replays_on_new_inputs(implementation):
+    need("max_cosine", implementation)
+    problem, other = decoding_problem(), decoding_problem(seed=100)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        decode(*problem, implementation)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = decode(*problem, implementation)
+    for target, source in zip(problem, other, strict=True):
+        target.copy_(source)
+    graph.replay()
+    assert_same_bits(captured, decode(*problem, implementation))
+
+
+@KERNELS
+def test_decoding_compiled_into_one_graph(implementation):
+    need("max_cosine", implementation)
+    problem = decoding_problem()
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *tensors: decode(*tensors, implementation), fullgraph=True)
+    assert_same_bits(compiled(*problem), decode(*problem, implementation))
+
+
+@KERNELS
+def test_cosine_offsets_beyond_32_bits(implementation):
+    need("max_cosine", implementation)
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GiB of device memory")
+    rows, width = (1 << 31) // 64 + 1000, 64
+    context = torch.zeros(1, rows, width, dtype=torch.bfloat16, device="cuda")
+    context[0, -1, 0] = 1.0
+    values, indices = ops.max_cosine(context[:, -1:], context, implementation=implementation)
+    assert (values.item(), indices.item()) == (1.0, rows - 1)

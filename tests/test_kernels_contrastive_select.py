@@ -1,11 +1,13 @@
 """The Triton kernels of contrastive_candidates and contrastive_select, in the interpreter, against float64 truth."""
 
+from unittest import mock
+
 import interpreter  # noqa: F401 (leaves this file out where there is none)
 import pytest
 import torch
+from fastcontrast.kernels import contrastive_select as kernels
 from similarity import generator
 
-from fastcontrast.kernels import contrastive_select as kernels
 from fastcontrast.ops import contrastive_candidates, contrastive_select, trace
 from fastcontrast.testing import relative_error
 
@@ -39,6 +41,13 @@ def assert_candidates_right(logits: torch.Tensor, k: int, limit: float = 2e-6) -
 @pytest.mark.parametrize("k", [1, 5, 9, 32, 33, 1030])
 def test_the_k_likeliest(vocabulary, k):
     assert_candidates_right(4 * torch.randn(3, vocabulary, generator=generator()), min(k, vocabulary))
+
+
+def test_keys_are_folded_until_a_block_holds_a_row():
+    with mock.patch.object(kernels, "fold_launch", wraps=kernels.fold_launch) as folds:
+        assert_candidates_right(torch.randn(2, 1030, generator=generator()), 20)
+    blocks = [call.args[0].shape[1] for call in folds.call_args_list]
+    assert blocks == [17, 6]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -3,9 +3,12 @@
 import interpreter  # noqa: F401 (leaves this file out where there is none)
 import pytest
 import torch
+import triton
+import triton.language as tl
+from fastcontrast.kernels import max_cosine as kernels
+from fastcontrast.kernels.max_cosine import pack
 from similarity import generator
 
-from fastcontrast.kernels import max_cosine as kernels
 from fastcontrast.ops import max_cosine, trace
 from fastcontrast.testing import relative_error
 
@@ -24,7 +27,7 @@ def problem(b: int, k: int, t: int, d: int, dtype: torch.dtype = torch.float32) 
     return tuple(torch.randn(b, n, d, generator=generator(n)).to(dtype) for n in (k, t))
 
 
-def triton(*arguments):
+def run(*arguments):
     return max_cosine(*arguments, implementation="triton")
 
 
@@ -34,7 +37,7 @@ def truth(candidates, context, valid=None):
 
 def assert_right(candidates, context, valid=None, limit: float = 1e-6) -> None:
     """Values, and indices where no two cosines are near enough for rounding to decide."""
-    (values, indices), (expected, first) = triton(candidates, context, valid), truth(candidates, context, valid)
+    (values, indices), (expected, first) = run(candidates, context, valid), truth(candidates, context, valid)
     assert values.dtype == torch.float32 and indices.dtype == torch.int64
     assert relative_error(values, expected) < limit
     assert torch.equal(indices, first)
@@ -63,7 +66,7 @@ def test_more_candidates_than_a_tile_holds():
 def test_width_one():
     """Every cosine is 1 or −1, and which of them rounds up is no matter."""
     candidates, context = problem(2, 5, 65, 1)
-    values, indices = triton(candidates, context)
+    values, indices = run(candidates, context)
     assert relative_error(values, truth(candidates, context)[0]) < 1e-6
     met = context.sign().expand(2, 65, 5).mT.gather(2, indices[..., None])[..., 0]
     assert torch.equal(met * candidates[..., 0].sign(), values.round())
@@ -103,7 +106,7 @@ def test_zero_vectors_have_cosine_zero():
     candidates[0, 1] = 0.0
     context[0, 10:] = 0.0
     assert_right(candidates, context)
-    assert triton(-context[:, :1], context[:, :1].repeat(1, 2, 1) * torch.tensor([[[1.0], [0.0]]]))[1].item() == 1
+    assert run(-context[:, :1], context[:, :1].repeat(1, 2, 1) * torch.tensor([[[1.0], [0.0]]]))[1].item() == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,7 +118,7 @@ def test_nan_is_the_largest_and_the_first_one_wins(dtype):
     valid = torch.ones(3, 100, dtype=torch.bool)
     valid[1, :3] = False
     assert_right(candidates, context, valid)
-    values, indices = triton(candidates, context, valid)
+    values, indices = run(candidates, context, valid)
     assert indices[0].tolist() == [41] * 4 and values[0].isnan().all()
     assert values[1].isnan().tolist() == [False, False, True, False] and indices[1, 2] == 3
 
@@ -125,11 +128,11 @@ def test_what_is_not_valid_counts_for_nothing():
     valid = torch.ones(3, 70, dtype=torch.bool)
     valid[0, 20:] = valid[1] = valid[2, :69] = False
     context[~valid] = NAN
-    values, indices = triton(candidates, context, valid)
+    values, indices = run(candidates, context, valid)
     assert (values[1] == -INF).all() and (indices[1] == -1).all()
     assert (indices[0] < 20).all() and (indices[2] == 69).all()
     assert_right(candidates, context.nan_to_num(0.0), valid)
-    alone = triton(candidates[:1], context[:1, :20])
+    alone = run(candidates[:1], context[:1, :20])
     assert torch.equal(alone[0], values[:1]) and torch.equal(alone[1], indices[:1])
 
 
@@ -138,34 +141,26 @@ def test_empty_sizes(shape):
     assert_right(*problem(*shape))
 
 
+@triton.jit
+def pack_kernel(values, keys, index, n, BN: tl.constexpr):
+    o = tl.arange(0, BN)
+    tl.store(keys + o, pack(tl.load(values + o, mask=o < n), tl.full((BN,), 0, tl.int64) + index), mask=o < n)
+
+
 def test_keys_order_like_values_then_indices():
     values = torch.tensor([NAN, -NAN, INF, 2.0, 1e-40, 0.0, -0.0, -1e-40, -2.0, -INF])
-    keys = torch.stack([pack(values, index) for index in (0, 1, 2**31, 2**32 - 1)], 1)
+    keys = torch.empty(4, 10, dtype=torch.int64)
+    for row, index in zip(keys, (0, 1, 2**31, 2**32 - 1), strict=True):
+        pack_kernel[(1,)](values, row, index, 10, BN=16)
     expected = [0, 0, 1, 2, 3, 4, 4, 5, 6, 7]  # rank of the value
     order = [(rank, i) for rank in expected for i in range(4)]
-    ranked = sorted(range(40), key=lambda n: -keys.flatten()[n].item())
+    ranked = sorted(range(40), key=lambda n: -keys.T.flatten()[n].item())
     assert [order[n] for n in ranked] == sorted(order)
-
-
-def pack(values: torch.Tensor, index: int) -> torch.Tensor:
-    """What the kernel's `pack` says."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit
-    def kernel(values, keys, index, n, BN: tl.constexpr):
-        o = tl.arange(0, BN)
-        tl.store(keys + o, kernels_pack(tl.load(values + o, mask=o < n), o.to(tl.int64) * 0 + index), mask=o < n)
-
-    kernel.fn.__globals__.update(kernels_pack=kernels.pack, tl=tl)
-    keys = torch.empty(len(values), dtype=torch.int64)
-    kernel[(1,)](values, keys, index, len(values), BN=16)
-    return keys
 
 
 def test_trace_names_it_and_runs_are_bit_identical():
     candidates, context = problem(2, 5, 130, 40)
     with trace() as ran:
-        results = [triton(candidates, context) for _ in range(2)]
+        results = [run(candidates, context) for _ in range(2)]
     assert [(choice.op, choice.implementation) for choice in ran] == [("max_cosine", "triton")] * 2
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

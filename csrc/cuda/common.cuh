@@ -165,7 +165,8 @@ struct Add {
 
 // ------------------------------------------------------------------------------------------------------------- softmax
 
-// Σ exp(x − high) with high = max x. Nothing, or −inf alone: high −inf, sum 0. A NaN or +inf: sum NaN.
+// Σ exp(x − high) with high = max x. Nothing, or −inf alone: high −inf, sum 0. A NaN or +inf: sum NaN. Roundings are
+// spelled out, so that wherever the compiler puts this code equal rows have equal sums.
 struct Sum {
     float high;
     float sum;
@@ -177,7 +178,7 @@ __device__ __forceinline__ float shift(float high) { return high == -INFINITY ? 
 struct MergeSums {
     __device__ __forceinline__ Sum operator()(Sum a, Sum b) const {
         const float high = nan_max(a.high, b.high);
-        return {high, a.sum * expf(a.high - shift(high)) + b.sum * expf(b.high - shift(high))};
+        return {high, __fmaf_rn(a.sum, expf(a.high - shift(high)), __fmul_rn(b.sum, expf(b.high - shift(high))))};
     }
 };
 
@@ -186,7 +187,7 @@ __device__ __forceinline__ void add(Sum& total, const float (&x)[N]) {
     float high = total.high;
 #pragma unroll
     for (int i = 0; i < N; ++i) high = nan_max(high, x[i]);
-    if (high != total.high) total = {high, total.sum * expf(total.high - shift(high))};
+    if (high != total.high) total = {high, __fmul_rn(total.sum, expf(total.high - shift(high)))};
 #pragma unroll
     for (int i = 0; i < N; ++i) total.sum += expf(x[i] - shift(high));
 }

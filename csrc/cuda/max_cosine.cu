@@ -36,8 +36,8 @@ __device__ __forceinline__ float scatter_sum(float (&x)[Size]) {
 // A team of `parts` warps takes kRows rows at a time. |c| divides only at the end: it does not move the maximum.
 template <typename T, bool Wide, int K>
 __global__ void __launch_bounds__(kThreads, Wide ? 2 : 1) cosine_partials_kernel(Cosines p,
-                                                                      uint64_t* keys,  // [B, K, splits]
-                                                                      float* norms) {  // [B, K]
+                                                                                 uint64_t* keys,  // [B, K, splits]
+                                                                                 float* norms) {  // [B, K]
     constexpr int n = kVector<T>;
     static_assert(K <= kWarps && K * kRows <= kWarp);
     const int lane = lane_of_thread(), warp = warp_of_thread();

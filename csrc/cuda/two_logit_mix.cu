@@ -88,7 +88,8 @@ __global__ void __launch_bounds__(kThreads) divergence_kernel(Mixture p, Workspa
     each_chunk<T, Wide>(p, row, [&](const float (&z1)[n], const float (&z0)[n], int64_t) {
 #pragma unroll
         for (int i = 0; i < n; ++i) {
-            const float one = factor1 * expf(z1[i] - high1), zero = factor0 * expf(z0[i] - high0);
+            // Rounded before they are compared: a fused product would leave the rounding of its equal.
+            const float one = __fmul_rn(factor1, expf(z1[i] - high1)), zero = __fmul_rn(factor0, expf(z0[i] - high0));
             const float both = one + zero;
             if (both != 0.0f) terms += 0.5f * both * entropy_gap((one - zero) / both);
         }

@@ -78,9 +78,9 @@ class Loop:
         if self.keeps_hidden:
             self.hidden.append(tuple(rows(x) for x in getattr(outputs, f"{decoder}hidden_states")))
         if self.keeps_attentions:
-            self.attentions.append(tuple(attended(x) for x in getattr(outputs, f"{decoder}attentions")))
+            self.attentions.append(tuple(attended(x) for x in getattr(outputs, f"{decoder}attentions") or ()))
             if decoder:
-                self.cross.append(tuple(rows(x) for x in outputs.cross_attentions))
+                self.cross.append(tuple(rows(x) for x in outputs.cross_attentions or ()))
 
     def append(self, tokens: Tensor) -> Tensor:
         """The next token of each row [B]; what came of it, with padding for rows that had ended."""
@@ -101,8 +101,10 @@ class Loop:
             return self.ids
         from transformers.generation import GenerateDecoderOnlyOutput, GenerateEncoderDecoderOutput
 
+        steps = self.ids.shape[1] - self.prompt
+
         def kept(wanted: bool, items: list) -> tuple | None:
-            return tuple(items) if wanted else None
+            return tuple(items[:steps]) if wanted else None  # look-ahead has read the last token too
 
         common = {
             "sequences": self.ids,

@@ -67,10 +67,9 @@ def _pairs(hidden: Tensor, valid: Tensor | None) -> Tensor | int:
 # --------------------------------------------------------------------------------------------------------------- tiles
 
 
-@without_autocast
 @torch.no_grad()
 def _tiled(hidden: Tensor, valid: Tensor | None, margin: float, mean: bool, workspace: int, need: bool):
-    """The loss, and its float32 gradient [B, S, D] if `need`."""
+    """The loss, and its float32 gradient [B, S, D] if `need`. Autocast leaves products into a given tensor alone."""
     largest = CPU_EDGE if hidden.device.type == "cpu" else EDGE
     edge = max(SMALLEST_EDGE, min(largest, math.isqrt(workspace // 4)))
     groups = _groups(_windows(hidden, valid), edge * edge)
