@@ -86,13 +86,18 @@ def run_nvcc(*arguments: str) -> str:
 
 
 class Build(build_ext):
+    def finalize_options(self):
+        super().finalize_options()
+        if reason_without_cuda():  # left out here, for a source archive has them in any case
+            self.extensions = [extension for extension in self.extensions if extension is not kernels]
+
     def run(self):
         if reason := reason_without_cuda():
             print(f"fastcontrast: the CUDA kernels are left out, {reason}.")
         super().run()
 
     def build_extension(self, extension):
-        if extension.name == "fastcontrast._CUDA":
+        if extension is kernels:
             extension.extra_objects = self.compile_kernels(files("cuda/*.cu"))
             # The toolkit's own libraries, wherever its nvcc keeps them.
             [settings] = re.findall("^#\\$ LIBRARIES=(.*)", run_nvcc("--dryrun", *files("cuda/*.cu")), re.MULTILINE)
@@ -120,7 +125,7 @@ kernels = Pybind11Extension(
 kernels.optional = True
 
 setup(
-    ext_modules=[core] if reason_without_cuda() else [core, kernels],
+    ext_modules=[core, kernels],
     cmdclass={"build_ext": Build},
     package_dir={"fastcontrast.kernels": "kernels", "fastcontrast.benchmarks": "benchmarks"},
 )

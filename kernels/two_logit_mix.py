@@ -154,10 +154,8 @@ def _bounds(parts, rows, row, splits, threshold, SP: tl.constexpr):
 
 @triton.jit
 def _mixed(a, b, weight, times, bar, least):
-    banned = a == -float("inf")
-    b = tl.where(b == -float("inf"), least, b)
-    x = times * tl.where(banned, 0.0, a) - weight * b
-    return tl.where(banned | (a < bar), -float("inf"), x)
+    x = times * a - weight * tl.where(b == -float("inf"), least, b)
+    return tl.where((a == -float("inf")) | (a < bar), -float("inf"), x)
 
 
 @triton.jit(do_not_specialize=["rows", "vocabulary", "splits", "per_split"])
