@@ -112,8 +112,9 @@ def test_an_encoder_decoder_has_its_contexts_in_the_encoder(method):
     text = torch.zeros(2, 1, dtype=torch.long)
     for _ in range(6):
         with torch.no_grad():
-            sides = [model(input_ids=x, attention_mask=m, decoder_input_ids=text, use_cache=False).logits[:, -1].double()
-                     for x, m in ((ids, torch.ones_like(ids)), (other, other_mask))]  # fmt: skip
+            both = (ids, torch.ones_like(ids)), (other, other_mask)
+            outs = [model(input_ids=x, attention_mask=m, decoder_input_ids=text, use_cache=False) for x, m in both]
+            sides = [out.logits[:, -1].double() for out in outs]
         text = torch.cat([text, mix(*sides).argmax(1, keepdim=True)], 1)
     assert torch.equal(got, text)
 
