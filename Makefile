@@ -8,12 +8,12 @@ export HF_HUB_OFFLINE = 1
 
 SOURCES = setup.py pyproject.toml constraints.txt requirements-data.txt $(shell find csrc -type f)
 
-.PHONY: demo test dev lint bench sanitize gate gpu build clean
+.PHONY: demo test dev lint bench sanitize gate oracle gpu build clean
 
 demo: $(VENV)/installed            ## train a CLIP on real data, in minutes
 	$(BIN)/fastcontrast demo $(ARGS)
 
-test: $(VENV)/installed build/triton-3.6   ## all tests
+test: $(VENV)/installed build/triton-3.6 build/transformers-4.57   ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 dev: $(VENV)/installed             ## tools for working on the code
@@ -23,7 +23,7 @@ dev: $(VENV)/installed             ## tools for working on the code
 lint: $(VENV)/lint                 ## ruff and clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 bench: $(VENV)/rivals              ## floors and rivals, table, plot and JSON
 	$(BIN)/fastcontrast bench $(ARGS)
@@ -37,7 +37,11 @@ sanitize: $(VENV)/installed        ## the C++ core under ASan and UBSan
 
 gate: $(VENV)/installed build/triton-3.6   ## compile every Triton kernel, without a GPU: registers, spills, shared memory
 	$(BIN)/python tests/compile_gate.py
-	if [ -d build/triton-3.6 ]; then PYTHONPATH=build/triton-3.6 $(BIN)/python tests/compile_gate.py; fi
+	if [ -d build/triton-3.6 ]; then PYTHONPATH=build/triton-3.6 $(BIN)/python tests/compile_gate.py --without-cuda; fi
+
+oracle: $(VENV)/installed build/transformers-4.55   ## contrastive search as transformers 4.55.4 has it, against the record
+	PYTHONPATH=build/transformers-4.55 $(BIN)/python tests/oracle.py --check
+	$(BIN)/python -m pytest tests/test_contrastive_search.py -k last_version
 
 gpu:                               ## on a CUDA machine with torch and Triton: build, GPU tests, memory checker, benchmarks
 	$(PYTHON) tests/gpu.py
@@ -60,6 +64,14 @@ $(VENV)/installed: $(SOURCES)
 # The oldest Triton that is supported, beside the newest; where it has no wheel its compile gate is skipped, and says so.
 build/triton-3.6: | $(VENV)/installed
 	-PIP_CONSTRAINT= $(BIN)/pip install -q --no-deps --target $@ triton==3.6.0
+
+# The oldest transformers that is supported, beside the newest, and the last that had contrastive search of its own.
+TRANSFORMERS = -PIP_CONSTRAINT= $(BIN)/pip install -q --no-deps --target $@
+build/transformers-4.57: | $(VENV)/installed
+	$(TRANSFORMERS) transformers==4.57.6 tokenizers==0.22.2 huggingface-hub==0.36.2
+
+build/transformers-4.55: | $(VENV)/installed
+	$(TRANSFORMERS) transformers==4.55.4 tokenizers==0.21.4 huggingface-hub==0.36.2
 
 $(VENV)/rivals: $(VENV)/installed
 	$(BIN)/pip install -q -e ".[bench,rivals]"

@@ -157,6 +157,9 @@ def test_rows_without_a_finite_logit_and_nan(implementation):
     assert not mix.log_probabilities[1].isnan().any() and not mix.log_probabilities[3].isnan().any()
     assert mix.log_probabilities[2].isnan().all() and mix.divergence[2].isnan()
     assert not mix.divergence[[0, 1, 3]].isnan().any()
+    z1, z0 = pair(1, 9)
+    z1[0, 2], z0[0, 2], z0[0, 5] = -torch.inf, torch.nan, -torch.inf  # what −inf counts as is no number either
+    assert two_logit_mix(z1, z0, 0.5, implementation=implementation).log_probabilities.isnan().any()
 
 
 @BOTH

@@ -81,6 +81,7 @@ FC_INLINE RowSums sums(const T* z1, const T* z0, int64_t n) {
         least[l] = finite_z < least[l] ? finite_z : least[l];
     });
     found.least = fold(least, [](float a, float b) FC_INLINE_LAMBDA { return a < b ? a : b; });
+    if (std::isnan(found.contrast.sum)) found.least = NAN;  // comparisons have passed over it
     return found;
 }
 
@@ -150,7 +151,7 @@ void mix_row(const LogitPair& pair, const MixSettings& settings, int64_t i, floa
     for (int t = 1; t < count; ++t) {
         row.logits.add(parts[t].logits);
         row.contrast.add(parts[t].contrast);
-        row.least = std::min(row.least, parts[t].least);
+        row.least = parts[t].least < row.least || std::isnan(parts[t].least) ? parts[t].least : row.least;
     }
 
     *divergence = NAN;

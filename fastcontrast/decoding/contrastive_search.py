@@ -254,7 +254,10 @@ class Prefix:
             return self.hidden[:, start, None]
 
         inputs = {"attention_mask": self.sibling_mask(), "position_ids": self.next_position.expand(-1, self.k)}
-        outputs = self.run(tokens, pick, lambda logits: logits[rows, chosen][:, None], **self.kwargs, **inputs)
+        from ._siblings import attending
+
+        with attending(self.text):
+            outputs = self.run(tokens, pick, lambda logits: logits[rows, chosen][:, None], **self.kwargs, **inputs)
         self.cache.commit_slot(start, chosen)
         if self.loop.keeps_hidden or self.loop.keeps_attentions:
             columns = torch.arange(start + 1).repeat(self.rows, 1)

@@ -1,7 +1,8 @@
 """`fastcontrast generate "prompt"`: SmolLM2-135M continues a text, token by token, by the way of decoding asked for.
 
-The last line says how fast it went, and which implementation of each operation ran and why not the others. `--compare`
-decodes a few real prompts in every way instead, and measures the results: see `compare`.
+The last line says how fast it went, the prompt's forward pass included, and what ran: for contrastive search which
+look-ahead, and why not a better one. `--compare` decodes a few real prompts in several ways instead, and measures the
+results: see `compare`.
 """
 
 from __future__ import annotations
@@ -155,15 +156,14 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, context: str | None,
 
 
 def what_ran(ran: Iterable[Choice]) -> str:
-    """Which implementation of each operation ran first, and why those preferred to it did not."""
+    """Which implementation of each operation ran first; of the look-ahead also why not those preferred to it, since that
+    is up to the model. `fastcontrast doctor` says it of the others.
+    """
     first: dict[str, Choice] = {}
     for choice in ran:
         first.setdefault(choice.op, choice)
     text = ""
-    # The look-ahead is the choice that people ask about: first
-    for choice in sorted(first.values(), key=lambda choice: choice.op != "contrastive_search"):
-        name = "look-ahead" if choice.op == "contrastive_search" else choice.op
-        text += f"; {name}: {choice.implementation}"
-        if choice.refused:
-            text += f" ({'; '.join(f'not {other}: {reason}' for other, reason in choice.refused.items())})"
-    return text
+    if (look_ahead := first.pop("contrastive_search", None)) is not None:
+        reasons = "".join(f", not {other}: {reason}" for other, reason in look_ahead.refused.items())
+        text = f"; look-ahead: {look_ahead.implementation}{reasons}"
+    return text + "".join(f"; {op}: {choice.implementation}" for op, choice in first.items())

@@ -6,8 +6,8 @@
     tokens/s     new tokens over seconds, the prompt's forward pass included
     MiB          peak memory of the dearest prompt, beyond the weights and what else was there before
 
-Greedy decoding repeats itself (low diversity, low perplexity), sampling wanders (high, high). Contrastive search should
-be where the prompts' own continuations would be liked: diverse, at a perplexity near greedy's. `transformers` decodes
+Greedy decoding repeats itself (low diversity, low perplexity), sampling wanders (high, high); contrastive search should
+be diverse at a perplexity near greedy's. The texts' own continuations stand beside them, and `transformers` decodes
 greedily too, as the reference for speed.
 """
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 import fastcontrast
 from fastcontrast import data
@@ -65,13 +66,11 @@ def compare(
     folder = Path(output)
     folder.mkdir(parents=True, exist_ok=True)
     texts = [tokenizer(text).input_ids for text in passages(prompts)]
-    begins = [torch.tensor([ids[:PROMPT]], device=model.device) for ids in texts]
+    begins = [ids[:PROMPT] for ids in texts]
     ways = methods(model, alpha, top_k)
-    written: dict[str, list[list[int]]] = {TRUTH: [ids[PROMPT : PROMPT + tokens] for ids in texts]}
-    costs: dict[str, dict[str, Any]] = {TRUTH: {"tokens_per_second": None, "peak_mib": None, "seconds": None}}
-    with _progress(len(ways) * prompts) as bar:
-        for name, way in ways.items():
-            written[name], costs[name] = _run(way, begins, tokens, seed, bar)
+    written, costs = _decode(model, ways, begins, tokens, seed)
+    written = {TRUTH: [ids[PROMPT : PROMPT + tokens] for ids in texts]} | written
+    costs[TRUTH] = {"tokens_per_second": None, "peak_mib": None, "seconds": None}
     rows = {
         name: _quality(model, tokenizer, begins, new) | costs[name] | {"texts": tokenizer.batch_decode(new)}
         for name, new in written.items()
@@ -79,7 +78,7 @@ def compare(
     results = {
         "model": "SmolLM2-135M-Instruct, Q4_1", "dtype": str(model.dtype).removeprefix("torch."),
         "device": model.device.type, "threads": torch.get_num_threads(), "machine": platform.machine(),
-        "prompts": [tokenizer.decode(ids[0]) for ids in begins], "prompt_tokens": PROMPT, "tokens": tokens,
+        "prompts": tokenizer.batch_decode(begins), "prompt_tokens": PROMPT, "tokens": tokens,
         "alpha": alpha, "top_k": top_k, "top_p": 0.95, "seed": seed, "methods": rows,
         "same_as_transformers": written["greedy"] == written[REFERENCE], "versions": _versions(),
     }  # fmt: skip
@@ -135,47 +134,55 @@ def methods(model: PreTrainedModel, alpha: float, top_k: int) -> dict[str, Calla
     }
 
 
-def _run(
-    way: Callable[..., Tensor], begins: list[Tensor], tokens: int, seed: int, bar: Any
-) -> tuple[list[list[int]], dict[str, Any]]:
-    """Continuations of all prompts, and what they cost."""
-    new, seconds, peak = [], 0.0, 0.0
-    with torch.random.fork_rng():
+def _decode(
+    model: PreTrainedModel, ways: dict[str, Callable[..., Tensor]], begins: list[list[int]], tokens: int, seed: int
+) -> tuple[dict[str, list[list[int]]], dict[str, dict[str, Any]]]:
+    """For each way the continuations of all prompts, and what they cost. The ways take turns, prompt by prompt, so that
+    what else the machine does falls on all of them.
+    """
+    from tqdm import tqdm
+
+    device = model.device.type
+    new: dict[str, list[list[int]]] = {name: [] for name in ways}
+    costs: dict[str, dict[str, Any]] = {name: {"seconds": 0.0, "peak_mib": 0.0} for name in ways}
+
+    def run(name: str, begin: list[int], count: int) -> list[int]:
+        ids = torch.tensor([begin], device=model.device)
         torch.manual_seed(seed)
-        way(begins[0], attention_mask=torch.ones_like(begins[0]), max_new_tokens=2, min_new_tokens=2)  # warm
-        torch.manual_seed(seed)
-        with trace() as ran:
-            for ids in begins:
-                device = ids.device.type
-                start = _memory_now(device)
-                began = time.perf_counter()
-                out = way(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens)
-                new.append(out[0, ids.shape[1] :].tolist())  # waits for a GPU
-                seconds += time.perf_counter() - began
-                peak = max(peak, peak_memory(device) - start)
+        out = ways[name](ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count)
+        return out[0, len(begin) :].tolist()  # waits for a GPU
+
+    with torch.random.fork_rng(), tqdm(total=len(ways) * len(begins), desc="decoding", leave=False) as bar:
+        for name in ways:
+            run(name, begins[0], 2)  # warm
+        for begin in begins:
+            for name in ways:
+                cost, start = costs[name], _memory_now(device)
+                with trace() as ran:
+                    began = time.perf_counter()
+                    new[name].append(run(name, begin, tokens))
+                    cost["seconds"] += time.perf_counter() - began
+                cost["peak_mib"] = max(cost["peak_mib"], peak_memory(device) - start)
+                cost["look_ahead"] = next((c.implementation for c in ran if c.op == "contrastive_search"), None)
                 bar.update()
-    total = sum(map(len, new))
-    look_ahead = next((choice.implementation for choice in ran if choice.op == "contrastive_search"), None)
-    costs = {"tokens_per_second": total / seconds, "peak_mib": peak, "seconds": seconds}
-    return new, costs | ({"look_ahead": look_ahead} if look_ahead else {})
+    for name, cost in costs.items():
+        cost["tokens_per_second"] = sum(map(len, new[name])) / cost["seconds"]
+    return new, costs
 
 
 def _quality(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, begins: list[Tensor], new: list[list[int]]
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, begins: list[list[int]], new: list[list[int]]
 ) -> dict[str, float]:
     from fastcontrast.decoding import measures
 
-    continued = [
-        torch.cat([ids, torch.tensor([more], device=ids.device)], 1) for ids, more in zip(begins, new, strict=True)
-    ]
-    features = [
-        minilm_features(tokenizer.batch_decode(ids), cache=False, progress=False)
-        for ids in ([ids[0].tolist() for ids in begins], new)
-    ]
+    whole = [torch.tensor(begin + more) for begin, more in zip(begins, new, strict=True)]
+    real = [torch.ones_like(ids) for ids in whole]  # a passage may end before `tokens` more
+    ids, mask = (pad_sequence(rows, batch_first=True).to(model.device) for rows in (whole, real))
+    features = [minilm_features(tokenizer.batch_decode(x), cache=False, progress=False) for x in (begins, new)]
     return {
-        "diversity": float(measures.diversity(new)),
-        "coherence": float((features[0] * features[1]).sum(1).mean()),
-        "perplexity": float(measures.perplexity(model, continued, PROMPT)),
+        "diversity": measures.diversity(new),
+        "perplexity": measures.perplexity(model, ids, PROMPT, attention_mask=mask),
+        "coherence": measures.coherence(*features),
     }
 
 
@@ -193,12 +200,6 @@ def _memory_now(device: str) -> float:
         with contextlib.suppress(OSError):  # Linux alone lets a process set its peak back to what is resident now
             Path("/proc/self/clear_refs").write_text("5")
     return peak_memory(device)
-
-
-def _progress(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="decoding", unit="text", leave=False)
 
 
 def _versions() -> dict[str, str]:
