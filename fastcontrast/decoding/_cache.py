@@ -5,11 +5,14 @@ Imports transformers, so it is imported where decoding begins, not before.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+
+Place = tuple[int, int]  # which block, and which of its [n, 2] parts
 
 
 class _Layer(CacheLayerMixin):
@@ -19,9 +22,9 @@ class _Layer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, cache: PrefixCache, index: int):
-        self.cache, self.index = cache, index
-        self.store: tuple[Tensor, Tensor] | None = None
-        self.length = 0
+        self.cache, self.index, self.length = cache, index, 0
+        self.places: tuple[Place, Place] | None = None  # of keys and values
+        self.store: tuple[Tensor, Tensor] | None = None  # views of those places
 
     @property
     def is_initialized(self) -> bool:
@@ -38,7 +41,13 @@ class _Layer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         value_states = key_states if value_states is None else value_states
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.store = self.cache.allocate(self.index, key_states, value_states)
+        self.places = self.cache.allocate(self.index, key_states, value_states)
+        self.look()
+
+    def look(self) -> None:
+        """Views anew, after the cache's blocks were replaced."""
+        if self.places is not None:
+            self.store = tuple(self.cache.blocks[block].flatten(0, 1)[index] for block, index in self.places)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the new states behind those in use; returns views of all, nothing is copied."""
@@ -73,19 +82,6 @@ class _Layer(CacheLayerMixin):
     def reset(self) -> None:
         self.length = 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self.batch_select_indices(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        if self.store is not None:
-            self.store = tuple(x[indices.to(x.device)] for x in self.store)
-            self.cache.blocks.clear()
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.store is not None:
-            self.store = tuple(x.repeat_interleave(repeats, 0) for x in self.store)
-            self.cache.blocks.clear()
-
 
 def select_rows(past: Any, rows: Tensor) -> None:
     """Keeps these rows of the batch; `transformers` has no such thing for an encoder-decoder's pair of caches."""
@@ -98,13 +94,12 @@ class PrefixCache(Cache):
     """Keys and values `[layers, 2, B, H, capacity, D]` in one block, so that all layers commit a slot in one copy.
 
     `capacity`: slots to begin with; a longer text makes the block grow. A layer of another shape or on another device
-    than the first has a block of its own.
+    than the first has a block of its own, `[1, 2, …]`, or two of `[1, 1, …]` where keys and values differ in width.
     """
 
     def __init__(self, layers: int, capacity: int):
-        self.capacity = capacity
-        self.blocks: list[Tensor] = []  # [n, 2, B, H, capacity, D], or [1, 1, …] where keys and values differ in width
-        self.count = layers
+        self.count, self.capacity = layers, capacity
+        self.blocks: list[Tensor] = []
         super().__init__(layers=[_Layer(self, i) for i in range(layers)])
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any):
@@ -112,52 +107,51 @@ class PrefixCache(Cache):
             self.layers.append(_Layer(self, len(self.layers)))
         return self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
 
-    def allocate(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        shape = (keys.shape[0], keys.shape[1], self.capacity)
+    def allocate(self, index: int, keys: Tensor, values: Tensor) -> tuple[Place, Place]:
+        """Places for a layer of such states."""
+        number, shape = len(self.blocks), (*keys.shape[:2], self.capacity, keys.shape[3])
         if keys.shape != values.shape:
-            pair = tuple(x.new_empty(1, 1, *shape, x.shape[3]) for x in (keys, values))
-            self.blocks += pair
-            return pair[0][0, 0], pair[1][0, 0]
-        common = self.blocks[0] if self.blocks else None
-        if common is None:
-            common = keys.new_empty(self.count, 2, *shape, keys.shape[3])
-            self.blocks.append(common)
-        fits = common.shape[1:] == (2, *shape, keys.shape[3]) and index < common.shape[0]
-        if not fits or common.dtype != keys.dtype or common.device != keys.device:
-            common, index = keys.new_empty(1, 2, *shape, keys.shape[3]), 0
-            self.blocks.append(common)
-        return common[index, 0], common[index, 1]
+            for x in (keys, values):
+                self.blocks.append(x.new_empty(1, 1, *x.shape[:2], self.capacity, x.shape[3]))
+            return (number, 0), (number + 1, 0)
+        if not self.blocks:
+            self.blocks.append(keys.new_empty(self.count, 2, *shape))
+            number = 1
+        common = self.blocks[0]
+        fits = common.shape[1:] == (2, *shape) and index < common.shape[0]
+        if fits and common.dtype == keys.dtype and common.device == keys.device:
+            return (0, 2 * index), (0, 2 * index + 1)
+        self.blocks.append(keys.new_empty(1, 2, *shape))
+        return (number, 0), (number, 1)
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        self.blocks = [change(block) for block in self.blocks]
+        for layer in self.layers:
+            layer.look()
 
     def grow(self, least: int) -> None:
         """More slots for every layer, what is in use copied over."""
         self.capacity = max(least, 2 * self.capacity)
-        self.blocks.clear()
-        for layer in self.layers:
-            if layer.store is not None:
-                old, layer.store = layer.store, None
-                layer.store = self.allocate(layer.index, *old)
-                for new, before in zip(layer.store, old, strict=True):
-                    new[:, :, : layer.length] = before[:, :, : layer.length]
+
+        def larger(block: Tensor) -> Tensor:
+            new = block.new_empty(*block.shape[:4], self.capacity, block.shape[5])
+            new[..., : block.shape[4], :] = block
+            return new
+
+        self._replace(larger)
 
     def rollback(self, slots: int) -> None:
         for layer in self.layers:
             layer.length = max(0, layer.length - slots)
 
-    def expand(self, repeats: int) -> None:
-        """Each row `repeats` times, where siblings are rows of the batch: once a text, not once a step."""
-        blocks = [x.repeat_interleave(repeats, 2) for x in self.blocks]
-        views = {x.data_ptr(): (i, x) for i, x in enumerate(self.blocks)}
-        for layer in self.layers:
-            if layer.store is None:
-                continue
-            pair = []
-            for x in layer.store:
-                i, block = next((i, b) for i, b in views.values() if b.untyped_storage().data_ptr()
-                                == x.untyped_storage().data_ptr())  # fmt: skip
-                index = x.storage_offset() // block.stride(1)
-                pair.append(blocks[i].flatten(0, 1)[index])
-            layer.store = tuple(pair)
-        self.blocks = blocks
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._replace(lambda block: block.repeat_interleave(repeats, 2))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._replace(lambda block: block.index_select(2, indices.to(block.device)))
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.batch_select_indices(beam_idx)
 
     # ------------------------------------------------------------------------------------------------- candidates
 

@@ -23,8 +23,16 @@ _lock = threading.Lock()
 _in_use: dict[int, tuple[int, str]] = {}  # id of a configuration: how many use it, and what it said before
 
 
-def sibling_attention(module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-                      scaling: float | None = None, dropout: float = 0.0, **options: Any) -> tuple[Tensor, None]:  # fmt: skip
+def sibling_attention(
+    module: torch.nn.Module,
+    query: Tensor,  # [B, H, k, D]
+    key: Tensor,  # [B, G, T, D]
+    value: Tensor,  # [B, G, T, D]
+    attention_mask: Tensor | None,  # [B, 1, k, T]
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **options: Any,
+) -> tuple[Tensor, None]:
     """Heads that share keys are queries of one head. What is no step of siblings goes to the library's own function:
     another thread's, which runs the same model at the same time."""
     groups, ours = query.shape[1] // key.shape[1], attention_mask is not None and attention_mask.dtype == query.dtype

@@ -327,7 +327,7 @@ class Prefix:
     def widen(self) -> None:
         """k rows for each: keys and values, and what an encoder gave."""
         k = self.k
-        self.cache.expand(k)
+        self.cache.batch_repeat_interleave(k)
 
         def repeated(x: Tensor) -> Tensor:
             return x.expand(k, *x.shape[1:]) if self.rows == 1 else x.repeat_interleave(k, 0)

@@ -156,8 +156,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, prompt: str, context: str | None,
 
 
 def what_ran(ran: Iterable[Choice]) -> str:
-    """Which implementation of each operation ran first; of the look-ahead also why not those preferred to it, since that
-    is up to the model. `fastcontrast doctor` says it of the others.
+    """Which implementation of each operation ran first. Of the look-ahead also why not a better one, since that depends
+    on the model; `fastcontrast doctor` says it of the others.
     """
     first: dict[str, Choice] = {}
     for choice in ran:

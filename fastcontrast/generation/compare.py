@@ -16,6 +16,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
+import functools
 import gc
 import json
 import os
@@ -93,6 +94,16 @@ def passages(count: int) -> list[str]:
     """`count` paragraphs of prose, one a module, from the docstrings of Python's standard library: real text that is
     on every machine, about forty in all. The same on every run of one Python version.
     """
+    found = _all_passages()
+    if count > len(found):
+        raise data.MissingDataError(
+            f"compare: the standard library's docstrings hold {len(found)} passages, {count} asked for"
+        )
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+@functools.cache
+def _all_passages() -> list[str]:
     found = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         try:
@@ -106,12 +117,7 @@ def passages(count: int) -> list[str]:
         paragraphs = (" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n", text))
         if prose := next(filter(_is_prose, paragraphs), None):
             found.append(prose)
-    found = list(dict.fromkeys(found))  # abc.py and _py_abc.py share one
-    if count > len(found):
-        raise data.MissingDataError(
-            f"compare: the standard library's docstrings hold {len(found)} passages, {count} asked for"
-        )
-    return [found[i * len(found) // count] for i in range(count)]
+    return list(dict.fromkeys(found))  # abc.py and _py_abc.py share one
 
 
 def _is_prose(paragraph: str) -> bool:

@@ -61,7 +61,8 @@ class _Pool:
                 self._free = [other for other in self._free if other is not block]
         if block is None:
             block = torch.empty(numel, dtype=torch.float32)
-            native.huge_pages(block.data_ptr(), block.nbytes)
+            if native is not None:
+                native.huge_pages(block.data_ptr(), block.nbytes)
         # The tensor owns the view, and the view's death says that no tensor uses the block any more.
         view = memoryview(block.numpy())
         weakref.finalize(view, self._give_back, block).atexit = False
