@@ -1,7 +1,7 @@
 """Attention of k siblings over one prefix, as an attention function of transformers: grouped heads read the stored keys
 and values in place, which the library would repeat for every head that shares them.
 
-out[b, h, j] = softmax_t(s ⟨q_bhj, k_bgt⟩ + mask_bjt) · v_bgt,   g = h // (H / G)    q [B, H, k, D], k and v [B, G, T, D]
+out[b, h, j] = softmax_t(s ⟨q_bhj, k_bgt⟩ + mask_bjt) · v_bgt,   g = h // (H / G)
 """
 
 from __future__ import annotations

@@ -50,9 +50,9 @@ def contrastive_search(
         top_k: k ≥ 1; 1 is greedy search; more than the vocabulary means all of it. None: the generation config's unless
             that is the library's own 50, else 4.
         lookahead: "tree": the k candidates are k queries over one prefix, kept apart by an explicit mask, in one
-            forward pass; nothing but k slots of keys and values is added. "repeat": they are rows of the batch; the prefix
-            is held k times, copied once. "sequential": k forward passes, one slot more. None: "tree" where the model
-            allows, else "repeat"; `fastcontrast.ops.trace()` says which ran, and why not the other.
+            forward pass; nothing but k slots of keys and values is added. "repeat": they are rows of the batch, and the
+            prefix is held k times, copied once. "sequential": k forward passes, one slot more. None: "tree" where the
+            model allows, else "repeat"; `fastcontrast.ops.trace()` says which ran, and why not the other.
         stream_to: a streamer. It gets the prompt, then each step's tokens, and is ended even if a step fails.
             (`generate` drops its own `streamer=` for callables; `fastcontrast.generate(streamer=...)` does not.)
 

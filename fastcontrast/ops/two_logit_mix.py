@@ -153,8 +153,9 @@ def two_logit_mix(
 
     Returns `Mix(log_probabilities [R, V], weight [R], divergence [R] or None)`, float32 (float64 for float64). Equal
     rows have divergence 0 exactly. A token of −inf in `logits` stays −inf; one of −inf in `contrast` alone counts as
-    that row's smallest finite logit. A row without any finite logit gives −inf. NaN in gives NaN out in its row. Only
-    the reference has gradients: an input that requires one runs on it.
+    that row's smallest finite logit. A row without any finite logit gives −inf. NaN in `logits`, or in `contrast` at
+    a token that is neither banned nor implausible, gives NaN out in its row. Only the reference has gradients: an input
+    that requires one runs on it.
 
     Raises: ValueError or TypeError naming the argument, what was expected and what came; NotImplementedError if the
     requested implementation cannot run, with the reason.
