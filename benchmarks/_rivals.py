@@ -17,6 +17,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
+from fastcontrast._torchvision import declare_torchvision_operators
+
 SCALE = 1 / 0.07  # of the benchmark's batches
 Loss = Callable[[Tensor, Tensor, "Tensor | float"], Tensor]
 
@@ -29,32 +31,6 @@ def need(module: str, package: str) -> ModuleType:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module(module)
-
-
-_declared: list[torch.library.Library] = []
-
-
-def declare_torchvision_operators() -> None:
-    """Lets a CUDA build of torchvision (what PyPI serves on Linux) import beside a CPU build of torch.
-
-    Its library of operators then cannot be loaded, and `import torchvision` fails where it describes two of them to
-    the compiler. Declaring these two is enough for its Python parts, and for open_clip, timm, lightly and transformers.
-    """
-    if _declared or torch.version.cuda is not None or torch.version.hip is not None:
-        return
-    spec = importlib.util.find_spec("torchvision")  # finds, does not import
-    if spec is None or not spec.submodule_search_locations:
-        return
-    for path in Path(spec.submodule_search_locations[0]).glob("_C*.so"):
-        try:
-            torch.ops.load_library(str(path))
-        except OSError:
-            continue
-        return
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    _declared.append(library)  # a library that is collected takes its operators with it
 
 
 @functools.cache

@@ -62,9 +62,6 @@ def small() -> Any:
 
 
 def transformers() -> Any:
-    from ._rivals import declare_torchvision_operators
-
-    declare_torchvision_operators()
     return need("transformers", "transformers")
 
 

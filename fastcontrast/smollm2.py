@@ -217,7 +217,7 @@ def _keep(folder: Path, weights: dict[str, Tensor], settings: dict[str, Any], to
 
 
 def _model(weights: dict[str, Tensor], settings: dict[str, Any], dtype: torch.dtype) -> LlamaForCausalLM:
-    from .benchmarks._rivals import declare_torchvision_operators
+    from ._torchvision import declare_torchvision_operators
 
     # transformers imports torchvision where there is one, also for a model of text; PyPI's does not fit a CPU torch.
     declare_torchvision_operators()

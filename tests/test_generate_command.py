@@ -10,10 +10,10 @@ import sys
 
 import pytest
 import torch
-from fastcontrast.benchmarks._rivals import declare_torchvision_operators
 
 import fastcontrast
 from fastcontrast import cli, data, smollm2
+from fastcontrast._torchvision import declare_torchvision_operators
 from fastcontrast.generation import command, compare
 from fastcontrast.ops._dispatch import Choice
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from fastcontrast.benchmarks._rivals import declare_torchvision_operators
 
 from fastcontrast import data, smollm2
+from fastcontrast._torchvision import declare_torchvision_operators
 
 # Every kind of thing that a tokenizer of bytes can trip over; no white space before numbers, see below.
 STRANGE = [

@@ -27,7 +27,7 @@ def draw(path: Path, results: dict[str, Any]) -> None:
         _bars(right, {name: row for name, row in rows.items() if row["seconds"] is not None}, colours)
         figure.suptitle(
             f"{results['model']}: {len(results['prompts'])} prompts of {results['prompt_tokens']} tokens, "
-            f"{results['tokens']} new ones, {results['dtype']} on {results['device']}, {results['threads']} threads",
+            f"{results['tokens']} new ones, {results['dtype']} on {results['device']}, threads: {results['threads']}",
             fontsize=8, color=GREY, x=0.01, ha="left",
         )  # fmt: skip
         figure.savefig(path)
@@ -46,13 +46,14 @@ def _points(axes: Any, rows: dict[str, dict], colours: dict[str, str]) -> None:
         )
     axes.set_xscale("log")
     axes.set_xlabel("perplexity under the model")
+    axes.set_ylabel("diversity")
     axes.set_title("diversity over perplexity", loc="left", fontweight="bold", fontsize=10)
     axes.margins(0.14)
     axes.grid(color=LIGHT, linewidth=0.6)
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    axes.xaxis.set_major_formatter(ScalarFormatter())
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = axes.get_xlim()  # the scale's own ticks are powers of ten: one, here
+    ticks = [x * 10**power for power in range(6) for x in (1, 2, 3, 5) if low < x * 10**power < high]
+    axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
+    axes.minorticks_off()
     _plain(axes)
 
 
