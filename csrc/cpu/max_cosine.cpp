@@ -52,49 +52,36 @@ FC_INLINE void unit_rows(const T* rows, int64_t stride, int64_t count, int64_t d
     }
 }
 
-// Two rows of context, of which the second may be the first again.
-template <typename T>
-struct Rows {
-    const T *x, *y;
-};
-
-// Sums of both rows: their products with K candidates, and their squares.
-template <int K>
-struct Sums {
-    float x[K][kWide] = {}, y[K][kWide] = {}, xx[kWide] = {}, yy[kWide] = {};
-};
-
+// Two rows of context, of which the second may be the first again, against K unit vectors. Written as one function with
+// its sums in arrays of its own: so the compiler keeps them in registers, and in memory if they are handed on.
 template <int K, typename T>
-FC_INLINE void add(Sums<K>& sums, const T* __restrict x, const T* __restrict y, const float* __restrict unit,
-                   int64_t width) {
+FC_INLINE void fold_rows(const T* __restrict x, const T* __restrict y, const float* __restrict unit, int64_t width,
+                         int64_t d, int64_t position, Best* best) {
+    float xu[K][kWide] = {}, yu[K][kWide] = {}, xx[kWide] = {}, yy[kWide] = {};
+    const int64_t whole = d / kWide * kWide;
+    for (int64_t j = 0; j < whole; j += kWide) {
 #pragma omp simd
-    for (int l = 0; l < kWide; ++l) sums.xx[l] += widen(x[l]) * widen(x[l]);
+        for (int l = 0; l < kWide; ++l) xx[l] += widen(x[j + l]) * widen(x[j + l]);
 #pragma omp simd
-    for (int l = 0; l < kWide; ++l) sums.yy[l] += widen(y[l]) * widen(y[l]);
+        for (int l = 0; l < kWide; ++l) yy[l] += widen(y[j + l]) * widen(y[j + l]);
 #pragma GCC unroll 8
-    for (int k = 0; k < K; ++k) {
+        for (int k = 0; k < K; ++k)
 #pragma omp simd
-        for (int l = 0; l < kWide; ++l) sums.x[k][l] += widen(x[l]) * unit[k * width + l];
+            for (int l = 0; l < kWide; ++l) xu[k][l] += widen(x[j + l]) * unit[k * width + j + l];
+#pragma GCC unroll 8
+        for (int k = 0; k < K; ++k)
 #pragma omp simd
-        for (int l = 0; l < kWide; ++l) sums.y[k][l] += widen(y[l]) * unit[k * width + l];
+            for (int l = 0; l < kWide; ++l) yu[k][l] += widen(y[j + l]) * unit[k * width + j + l];
     }
-}
-
-template <int K, typename T>
-FC_INLINE void fold_rows(Rows<T> rows, const float* unit, int64_t width, int64_t d, int64_t position, Best* best) {
-    Sums<K> sums;
-    int64_t j = 0;
-    for (; j + kWide <= d; j += kWide) add(sums, rows.x + j, rows.y + j, unit + j, width);
-    if (j < d) {
-        T x[kWide] = {}, y[kWide] = {};
-        std::memcpy(x, rows.x + j, (d - j) * sizeof(T));
-        std::memcpy(y, rows.y + j, (d - j) * sizeof(T));
-        add(sums, x, y, unit + j, width);
-    }
-    const float x = inverse_norm(sum(sums.xx)), y = inverse_norm(sum(sums.yy));
+    float xs = sum(xx), ys = sum(yy);
+    for (int64_t j = whole; j < d; ++j) xs += widen(x[j]) * widen(x[j]), ys += widen(y[j]) * widen(y[j]);
+    const float x_factor = inverse_norm(xs), y_factor = inverse_norm(ys);
     for (int k = 0; k < K; ++k) {
-        best[k].offer(sum(sums.x[k]) * x, position);
-        if (rows.x != rows.y) best[k].offer(sum(sums.y[k]) * y, position + 1);
+        float xp = sum(xu[k]), yp = sum(yu[k]);
+        for (int64_t j = whole; j < d; ++j)
+            xp += widen(x[j]) * unit[k * width + j], yp += widen(y[j]) * unit[k * width + j];
+        best[k].offer(xp * x_factor, position);
+        if (x != y) best[k].offer(yp * y_factor, position + 1);
     }
 }
 
@@ -117,7 +104,7 @@ FC_INLINE void fold_panel(const Search<T>& s, int64_t first, int64_t begin, int6
         }
         const T* row = s.context + t * s.stride;
         const bool two = t + 1 < end && (!s.valid || s.valid[t + 1]);
-        fold_rows<K>(Rows<T>{row, two ? row + s.stride : row}, s.unit + first * s.width, s.width, s.d, t, best + first);
+        fold_rows<K>(row, two ? row + s.stride : row, s.unit + first * s.width, s.width, s.d, t, best + first);
         t += two ? 2 : 1;
     }
 }

@@ -21,10 +21,8 @@ LARGEST = 1 << 32  # positions in a row that a kernel can tell apart
 _refused: dict[int, str | None] = {}  # by device
 
 
-def refuse_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Reason why a CUDA C++ kernel cannot run, or None."""
-    if device.type != "cuda":
-        return f"it runs on cuda tensors, these are on {device.type}"
+def refuse(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Reason why a kernel cannot run on this CUDA device, or None."""
     if dtype not in CODES:
         return f"it takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
     if missing is not None:

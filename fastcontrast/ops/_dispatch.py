@@ -122,11 +122,11 @@ def refuse_torch(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def refuse_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Reason why a Triton kernel cannot run, shared by the operations that have one."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device.type != "cuda" and not interpreted:
         return f"it runs on cuda tensors, these are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
     if interpreted:

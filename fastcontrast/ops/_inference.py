@@ -22,6 +22,15 @@ def choose_inference(op: str, implementation: str | None, first: Tensor, *others
     return note(choice)
 
 
+def refuse_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Reason why a CUDA C++ kernel cannot run, shared by the operations that have one."""
+    if device.type != "cuda":
+        return f"it runs on cuda tensors, these are on {device.type}"
+    from . import _cuda  # asks the driver: not before there is a tensor of its
+
+    return _cuda.refuse(dtype, device)
+
+
 def batch(op: str, name: str, x: Tensor, ndim: int, like: str) -> None:
     """`x` is a floating-point tensor of `ndim` dimensions, whose names are `like`."""
     if not isinstance(x, Tensor):

@@ -20,13 +20,7 @@ from .max_cosine import CODES, check_context
 from .max_cosine import _reference as _max_cosine_reference
 
 
-def _refuse_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    from ._cuda import refuse_cuda
-
-    return refuse_cuda(device, dtype)
-
-
-register("contrastive_select", {"cuda": _refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
+register("contrastive_select", {"cuda": inference.refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
 
 
 class Selection(NamedTuple):

@@ -20,13 +20,7 @@ from ._sweep import address
 SMALLEST_NORM = 1e-12  # of a vector of zeros, whose cosines then are 0
 
 
-def _refuse_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    from ._cuda import refuse_cuda
-
-    return refuse_cuda(device, dtype)
-
-
-register("max_cosine", {"cuda": _refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
+register("max_cosine", {"cuda": inference.refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
 
 
 # ---------------------------------------------------------------------------------------------------------- reference

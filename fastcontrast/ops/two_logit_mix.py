@@ -24,13 +24,7 @@ from ._sweep import address
 from .max_cosine import CODES
 
 
-def _refuse_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
-    from ._cuda import refuse_cuda
-
-    return refuse_cuda(device, dtype)
-
-
-register("two_logit_mix", {"cuda": _refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
+register("two_logit_mix", {"cuda": inference.refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
 
 
 class Mix(NamedTuple):
