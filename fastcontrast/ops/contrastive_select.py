@@ -19,7 +19,6 @@ from ._sweep import address
 from .max_cosine import CODES, check_context
 from .max_cosine import _reference as _max_cosine_reference
 
-
 register("contrastive_select", {"cuda": inference.refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
 
 

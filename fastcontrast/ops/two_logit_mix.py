@@ -23,7 +23,6 @@ from ._precision import without_autocast
 from ._sweep import address
 from .max_cosine import CODES
 
-
 register("two_logit_mix", {"cuda": inference.refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
 
 
