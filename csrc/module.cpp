@@ -4,6 +4,7 @@
 
 #include "common/memory.h"
 #include "cpu/contrastive_select.h"
+#include "cpu/few_rows.h"
 #include "cpu/linear_kl.h"
 #include "cpu/max_cosine.h"
 #include "cpu/similarity_cross_entropy.h"
@@ -214,6 +215,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("score"), py::arg("degeneration"), py::arg("nearest"), py::arg("b"), py::arg("k"), py::arg("t"),
         py::arg("d"), py::arg("candidate_batch"), py::arg("candidate_row"), py::arg("context_batch"),
         py::arg("context_row"), py::arg("alpha"), py::arg("kind"), py::arg("threads"));
+    m.def(
+        "few_rows",
+        [](Address x, Address weight, Address bias, Address out, int64_t m, int64_t n, int64_t d, int threads) {
+            py::gil_scoped_release release;
+            few_rows(at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), m, n, d, threads);
+        },
+        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("d"),
+        py::arg("threads"));
     m.def(
         "two_logit_mix",
         [](Address logits, Address contrast, Address given, Address out, Address weight, Address divergence,

@@ -3,11 +3,11 @@
 #include <vector>
 
 #include "common/threads.h"
+#include "cpu/lanes.h"
 
 namespace fastcontrast {
 namespace {
 
-constexpr int kWide = 16;      // lanes of a sum: one vector of the widest machines
 constexpr int kGroup = 8;      // candidates whose sums stay in registers, for two rows of context at a time
 constexpr int64_t kPanel = 8;  // rows of context that the next group of candidates finds in the cache
 constexpr float kSmallest = 1e-12f;
@@ -27,15 +27,6 @@ FC_INLINE float inverse_norm(float squares) {
     return 1.0f / (norm < kSmallest ? kSmallest : norm);
 }
 
-FC_INLINE float sum(const float* lanes) {
-    float b[kWide / 2], c[kWide / 4];
-#pragma omp simd
-    for (int l = 0; l < kWide / 2; ++l) b[l] = lanes[l] + lanes[l + kWide / 2];
-#pragma omp simd
-    for (int l = 0; l < kWide / 4; ++l) c[l] = b[l] + b[l + kWide / 4];
-    return (c[0] + c[2]) + (c[1] + c[3]);
-}
-
 // Rows of unit length in float32, filled with zeros to a width that is a multiple of kWide.
 template <typename T>
 FC_INLINE void unit_rows(const T* rows, int64_t stride, int64_t count, int64_t d, int64_t width, float* out) {
@@ -46,7 +37,7 @@ FC_INLINE void unit_rows(const T* rows, int64_t stride, int64_t count, int64_t d
         for (int64_t j = 0; j < width; j += kWide)
 #pragma omp simd
             for (int l = 0; l < kWide; ++l) squares[l] += out[j + l] * out[j + l];
-        const float factor = inverse_norm(sum(squares));
+        const float factor = inverse_norm(sum_lanes(squares));
 #pragma omp simd
         for (int64_t j = 0; j < d; ++j) out[j] *= factor;
     }
@@ -76,11 +67,11 @@ FC_INLINE void fold_rows(const T* __restrict x, const T* __restrict y, const flo
 #pragma omp simd
             for (int l = 0; l < kWide; ++l) yu[k][l] += widen(y[j + l]) * unit[k * width + j + l];
     }
-    float xs = sum(xx), ys = sum(yy);
+    float xs = sum_lanes(xx), ys = sum_lanes(yy);
     for (int64_t j = whole; j < d; ++j) xs += widen(x[j]) * widen(x[j]), ys += widen(y[j]) * widen(y[j]);
     const float x_factor = inverse_norm(xs), y_factor = inverse_norm(ys);
     for (int k = 0; k < K; ++k) {
-        float xp = sum(xu[k]), yp = sum(yu[k]);
+        float xp = sum_lanes(xu[k]), yp = sum_lanes(yu[k]);
         for (int64_t j = whole; j < d; ++j)
             xp += widen(x[j]) * unit[k * width + j], yp += widen(y[j]) * unit[k * width + j];
         best[k].offer(xp * x_factor, position);

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..ops import contrastive_candidates, contrastive_select
 from ..ops._dispatch import Choice, note
+from ._few_rows import few_rows
 from ._loop import CONTROL, Loop, Tap, accepts, check_config, check_prompt, positions
 
 OP = "contrastive_search"
@@ -76,7 +77,7 @@ def contrastive_search(
     choice = choose_lookahead(model, lookahead, model_kwargs)
     loop = Loop(OP, model, input_ids, logits_processor, stopping_criteria, generation_config, stream_to, streamer,
                 synced_gpus)  # fmt: skip
-    with loop, torch.no_grad():
+    with loop, few_rows(model), torch.no_grad():
         prefix = Prefix(model, loop, generation_config, model_kwargs, k)
         step = {"tree": prefix.tree, "repeat": prefix.repeat, "sequential": prefix.sequential}[note(choice)]
         logits = prefix.fill()

@@ -1,0 +1,19 @@
+// Sums of sixteen lanes, one vector of the widest machines.
+#pragma once
+
+#include "common/simd.h"
+
+namespace fastcontrast {
+
+inline constexpr int kWide = 16;
+
+FC_INLINE float sum_lanes(const float* lanes) {
+    float b[kWide / 2], c[kWide / 4];
+#pragma omp simd
+    for (int l = 0; l < kWide / 2; ++l) b[l] = lanes[l] + lanes[l + kWide / 2];
+#pragma omp simd
+    for (int l = 0; l < kWide / 4; ++l) c[l] = b[l] + b[l + kWide / 4];
+    return (c[0] + c[2]) + (c[1] + c[3]);
+}
+
+}  // namespace fastcontrast
