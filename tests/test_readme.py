@@ -28,7 +28,7 @@ def test_two_commands_and_both_are_targets():
 
 
 def test_the_example_runs_and_trains():
-    (code,) = blocks("python")
+    code, _ = blocks("python")
     assert len(code.strip().splitlines()) <= 10 + 1  # the blank line between imports and code
     torch.manual_seed(0)
     towers = {name: nn.Linear(16, 8) for name in ("image_tower", "text_tower")}
@@ -39,6 +39,14 @@ def test_the_example_runs_and_trains():
     after = [p for tower in towers.values() for p in tower.parameters()]
     assert all(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
     assert seen["loss"].isfinite() and seen["loss_fn"].log_scale.grad is None  # zero_grad saw it
+
+
+def test_the_example_of_decoding_prints_what_is_shown(capsys, one_thread):
+    pytest.importorskip("gguf", reason="the model's package is not installed")
+    _, code = blocks("python")
+    (shown,) = blocks("text")
+    exec(code, {})
+    assert capsys.readouterr().out == shown
 
 
 def seconds(value: float) -> str:
@@ -64,6 +72,11 @@ AGAINST = {
 }
 
 
+DECODED = [f"{model}, context {length}, k = {k}" for length, k in (("512", 5), ("1,024", 8))
+           for model in ("GPT-2 small", "SmolLM2-135M")]  # fmt: skip
+DECODERS = ("fastcontrast, tree", "greedy search, transformers", "as transformers 4.55 did")
+
+
 @pytest.fixture(scope="module")
 def results() -> dict[tuple[str, str], dict]:
     """Of every operation on a CPU."""
@@ -81,6 +94,9 @@ def test_tables_are_the_committed_results(results):
     for label, (workload, rival) in AGAINST.items():
         ours, theirs = (seconds(results[workload, name]["seconds"]) for name in ("fastcontrast", rival))
         rows.append(f"| {label} | {ours} | {theirs}, {rival} |")
+    for label in DECODED:
+        times = (seconds(results[label, name]["seconds"]) for name in DECODERS)
+        rows.append("| " + " | ".join([label, *times]) + " |")
     assert [row for row in rows if row not in README] == []
     unchecked = [line for line in README.splitlines() if re.search(r"^\| .*\d m?s ", line) and line not in rows]
     assert unchecked == []
@@ -102,6 +118,12 @@ def test_claims_in_prose_are_the_committed_results(results):
     assert "{:.0f} MiB instead of {:.0f}".format(*extra) in prose
     ours = [row for row in results.values() if row["provider"].startswith("fastcontrast") and row["error"] is not None]
     assert max(row["error"] for row in ours) < 1e-5
+    cosine = max(
+        row["ratio"] for row in results.values() if (row["op"], row["provider"]) == ("max_cosine", "fastcontrast")
+    )
+    assert f"takes {cosine:.2f} × one read of it at most" in prose
+    ours, chain = (results["AdaCAD, R = 1, V = 128,256", name]["seconds"] for name in ("fastcontrast", "torch chain"))
+    assert f"{chain / ours:.1f} × faster than the chain" in prose
     demo = json.loads((RESULTS / "demo_icons.json").read_text())
     recall = {way: 100 * share["1"] for way, share in demo["recall_after"].items()}
     claim = f"image → text recall@1 {recall['item_to_name']:.1f} %, text → image {recall['name_to_item']:.1f} %"

@@ -29,7 +29,7 @@ def linear(layer: nn.Linear, x: Tensor) -> Tensor:
     weight, bias = layer.weight, layer.bias
     rows = x.numel() // max(1, x.shape[-1])
     ours = 2 <= rows <= MOST and x.is_contiguous() and x.dtype == torch.float32 and not torch.is_grad_enabled()
-    if not ours or torch.is_autocast_enabled("cpu"):
+    if not ours or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     out = x.new_empty(*x.shape[:-1], weight.shape[0])
     native.few_rows(x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr(), rows, *weight.shape,
