@@ -168,7 +168,7 @@ def test_value_and_every_gradient(problem):
     options = {name: x for name, x in options.items() if name not in ("dim", "return_positives")}
     inputs = with_values(inputs)
     # What a logit's rounding changes in a share of the softmax is multiplied by values, here of norms beyond 1.
-    magnitude = conditioning(inputs) * max(1.0, float(inputs["values"].float().norm(dim=1).max()))
+    magnitude = conditioning(inputs) * max([1.0, *inputs["values"].float().norm(dim=1).tolist()])
     with tiles(**schedule):
         accurate(inputs, options, magnitude=magnitude)
 
