@@ -187,15 +187,19 @@ def _first_names(table: dict[str, str]) -> dict[int, str]:
     return dict(sorted(names.items()))
 
 
-def _documented(path: Path) -> Iterator[tuple[str, str]]:
-    """(code, text) of every documented function or class in a file."""
+def nodes_of(path: Path) -> Iterator[ast.AST]:
+    """Every node of a Python file; none where it cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-            tree = ast.parse(path.read_bytes())
+            return ast.walk(ast.parse(path.read_bytes()))
     except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
+        return iter(())
+
+
+def _documented(path: Path) -> Iterator[tuple[str, str]]:
+    """(code, text) of every documented function or class in a file."""
+    for node in nodes_of(path):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and (
             text := ast.get_docstring(node)
         ):

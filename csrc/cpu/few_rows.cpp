@@ -51,24 +51,9 @@ FC_INLINE void some_weights(const float* x, const float* weight, const float* bi
 
 FC_VECTOR_CLONES void share(const float* x, const float* weight, const float* bias, float* out, int64_t m, int64_t n,
                             int64_t d, int64_t begin, int64_t end) {
-    switch (m) {
-        case 1:
-            return some_weights<1>(x, weight, bias, out, n, d, begin, end);
-        case 2:
-            return some_weights<2>(x, weight, bias, out, n, d, begin, end);
-        case 3:
-            return some_weights<3>(x, weight, bias, out, n, d, begin, end);
-        case 4:
-            return some_weights<4>(x, weight, bias, out, n, d, begin, end);
-        case 5:
-            return some_weights<5>(x, weight, bias, out, n, d, begin, end);
-        case 6:
-            return some_weights<6>(x, weight, bias, out, n, d, begin, end);
-        case 7:
-            return some_weights<7>(x, weight, bias, out, n, d, begin, end);
-        default:
-            return some_weights<8>(x, weight, bias, out, n, d, begin, end);
-    }
+    with_count<kFewRows>(m, [&](auto count) FC_INLINE_LAMBDA {
+        some_weights<decltype(count)::value>(x, weight, bias, out, n, d, begin, end);
+    });
 }
 
 }  // namespace

@@ -1,11 +1,21 @@
 // Sums of sixteen lanes, one vector of the widest machines.
 #pragma once
 
+#include <type_traits>
+
 #include "common/simd.h"
 
 namespace fastcontrast {
 
 inline constexpr int kWide = 16;
+
+// Calls fn with the constant that n is, of 1 ... Most: numbers of rows whose sums are to stay in registers.
+template <int Most, typename Function>
+FC_INLINE void with_count(int64_t n, Function fn) {
+    if constexpr (Most > 1)
+        if (n < Most) return with_count<Most - 1>(n, fn);
+    fn(std::integral_constant<int, Most>());
+}
 
 FC_INLINE float sum_lanes(const float* lanes) {
     float b[kWide / 2], c[kWide / 4];

@@ -109,31 +109,10 @@ FC_INLINE void fold_share(const Search<T>& s, int64_t begin, int64_t end, Best* 
     const int64_t panel = s.k <= kGroup ? end - begin : kPanel;
     for (int64_t t = begin; t < end; t += panel) {
         const int64_t stop = std::min(t + panel, end);
-        for (int64_t first = 0; first < s.k; first += kGroup) switch (std::min<int64_t>(kGroup, s.k - first)) {
-                case 1:
-                    fold_panel<1>(s, first, t, stop, best);
-                    break;
-                case 2:
-                    fold_panel<2>(s, first, t, stop, best);
-                    break;
-                case 3:
-                    fold_panel<3>(s, first, t, stop, best);
-                    break;
-                case 4:
-                    fold_panel<4>(s, first, t, stop, best);
-                    break;
-                case 5:
-                    fold_panel<5>(s, first, t, stop, best);
-                    break;
-                case 6:
-                    fold_panel<6>(s, first, t, stop, best);
-                    break;
-                case 7:
-                    fold_panel<7>(s, first, t, stop, best);
-                    break;
-                default:
-                    fold_panel<8>(s, first, t, stop, best);
-            }
+        for (int64_t first = 0; first < s.k; first += kGroup)
+            with_count<kGroup>(s.k - first, [&](auto count) FC_INLINE_LAMBDA {
+                fold_panel<decltype(count)::value>(s, first, t, stop, best);
+            });
     }
 }
 

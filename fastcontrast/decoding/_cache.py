@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
 Place = tuple[int, int]  # which block, and which of its [n, 2] parts
 
@@ -88,6 +88,13 @@ def select_rows(past: Any, rows: Tensor) -> None:
     for cache in (getattr(past, "self_attention_cache", past), getattr(past, "cross_attention_cache", None)):
         if cache is not None:
             cache.batch_select_indices(rows)
+
+
+def empty_cache(model: Any, capacity: int) -> tuple[Any, PrefixCache]:
+    """What the model is given, and the part of it that holds the text: of an encoder-decoder the one of a pair."""
+    text = model.config.get_text_config(decoder=True)
+    cache = PrefixCache(getattr(text, "decoder_layers", None) or text.num_hidden_layers, capacity)
+    return (EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache), cache
 
 
 class PrefixCache(Cache):

@@ -6,9 +6,7 @@ times as long as for 1. In between lies everything that k siblings cost beside g
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -18,10 +16,9 @@ from torch.nn import functional as F
 
 from ..ops._dispatch import native
 from ..ops._sweep import address
+from ._lent import lent
 
 MOST = 8  # rows; from there on the library's product is as fast
-_lock = threading.Lock()
-_users: dict[int, int] = {}  # id of a layer: how many generations use it
 
 
 def linear(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -45,23 +42,17 @@ def _suits(layer: nn.Module) -> bool:
         and layer.weight.dtype == torch.float32
         and type(layer.weight) in (nn.Parameter, Tensor)
         and layer.weight.is_contiguous()
-        and ("forward" not in vars(layer) or id(layer) in _users)
+        and ("forward" not in vars(layer) or getattr(layer.forward, "func", None) is linear)
     )
 
 
-@contextmanager
-def few_rows(model: Any) -> Iterator[None]:
+def few_rows(model: Any) -> AbstractContextManager:
     """Inside, the model's linear layers take few rows in this way, whichever thread runs them."""
-    with _lock:
-        layers = [layer for layer in model.modules() if _suits(layer)] if native is not None else []
-        for layer in layers:
-            _users[id(layer)] = _users.get(id(layer), 0) + 1
-            layer.forward = partial(linear, layer)
-    try:
-        yield
-    finally:
-        with _lock:
-            for layer in layers:
-                _users[id(layer)] -= 1
-                if not _users[id(layer)]:
-                    del _users[id(layer)], layer.forward
+
+    def stand_in(layer: nn.Linear) -> None:
+        layer.forward = partial(linear, layer)
+
+    def step_back(layer: nn.Linear) -> None:
+        del layer.forward
+
+    return lent(lambda: filter(_suits, model.modules()) if native is not None else (), stand_in, step_back)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -219,6 +220,5 @@ def positions(valid: Tensor | None, rows: int, length: int, device: torch.device
 
 
 def accepts(model: Any, name: str) -> bool:
-    import inspect
-
+    """Whether the model's forward pass has such an argument."""
     return name in inspect.signature(model.forward).parameters

@@ -6,9 +6,8 @@ out[b, h, j] = softmax_t(s ⟨q_bhj, k_bgt⟩ + mask_bjt) · v_bgt,   g = h // (
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from ._lent import lent
+
 NAME = "fastcontrast_siblings"
-_lock = threading.Lock()
-_in_use: dict[int, tuple[int, str]] = {}  # id of a configuration: how many use it, and what it said before
 
 
 def sibling_attention(
@@ -52,23 +51,11 @@ ALL_ATTENTION_FUNCTIONS.register(NAME, sibling_attention)
 ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
 
 
-@contextmanager
-def attending(config: Any) -> Iterator[None]:
-    """Inside, the model of `config` attends with `sibling_attention`, if it attends with "sdpa" outside. The last of
-    several threads puts back what was there before the first."""
-    with _lock:
-        count, before = _in_use.get(id(config), (0, config._attn_implementation))
-        used = before == "sdpa"
-        if used:
-            _in_use[id(config)] = (count + 1, before)
-            config._attn_implementation = NAME
-    try:
-        yield
-    finally:
-        if used:
-            with _lock:
-                count, before = _in_use.pop(id(config))
-                if count > 1:
-                    _in_use[id(config)] = (count - 1, before)
-                else:
-                    config._attn_implementation = before
+def attending(config: Any) -> AbstractContextManager:
+    """Inside, the model of `config` attends with `sibling_attention`, if it attends with "sdpa" outside."""
+
+    def attend_with(name: str, config: Any) -> None:
+        config._attn_implementation = name
+
+    suits = config._attn_implementation in ("sdpa", NAME)
+    return lent(lambda: [config] if suits else [], partial(attend_with, NAME), partial(attend_with, "sdpa"))

@@ -142,7 +142,7 @@ class Prefix:
     """The text so far as the model keeps it: keys and values, last hidden states, padding."""
 
     def __init__(self, model: Any, loop: Loop, config: Any, model_kwargs: dict[str, Any], k: int):
-        from ._cache import PrefixCache
+        from ._cache import empty_cache
 
         self.model, self.loop, self.k = model, loop, k
         self.text = model.config.get_text_config(decoder=True)
@@ -152,13 +152,8 @@ class Prefix:
         self.padding = check_prompt(OP, loop.ids, mask, embeds)
         self.rows, self.length = loop.ids.shape[0], loop.prompt if embeds is None else embeds.shape[1]
         more = max(1, config.max_length - loop.prompt)
-        layers = getattr(self.text, "decoder_layers", None) or self.text.num_hidden_layers
-        self.cache = PrefixCache(layers, self.length + more + k)
-        self.past = self.cache
-        if self.seq2seq:
-            from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
-            self.past = EncoderDecoderCache(self.cache, DynamicCache())
+        self.past, self.cache = empty_cache(model, self.length + more + k)
+        self.positioned = not self.seq2seq and accepts(model, "position_ids")
         self.kwargs = {name: x for name, x in model_kwargs.items() if name not in CONTROL and x is not None}
         self.kwargs.pop("decoder_attention_mask", None)
         if self.seq2seq and model_kwargs.get("attention_mask") is not None:
@@ -191,12 +186,12 @@ class Prefix:
             outputs.logits = take(outputs.logits)
         return outputs
 
-    def place(self, valid: Tensor | None, ids: Tensor, at: Tensor) -> dict[str, Any]:
+    def place(self, valid: Tensor | None, at: Tensor) -> dict[str, Any]:
         """Mask and positions for tokens that follow what is stored."""
         inputs: dict[str, Any] = {} if self.seq2seq else {"attention_mask": None}
         if valid is not None:
             inputs["decoder_attention_mask" if self.seq2seq else "attention_mask"] = valid.long()
-        if not self.seq2seq and accepts(self.model, "position_ids"):
+        if self.positioned:
             inputs["position_ids"] = at
         return inputs
 
@@ -210,7 +205,7 @@ class Prefix:
             return hidden[:, -1:]
 
         at = positions(self.padding, self.rows, self.length, ids.device)
-        inputs = {**self.kwargs, **self.place(self.padding, ids, at)}
+        inputs = {**self.kwargs, **self.place(self.padding, at)}
         if "inputs_embeds" in inputs:
             ids = None
         outputs = self.run(ids, last, lambda logits: logits[:, -1:], **inputs)
@@ -314,7 +309,7 @@ class Prefix:
             return self.hidden[:, start, None]
 
         valid = None if self.valid is None else self.valid[:, : start + 1].repeat_interleave(k, 0)
-        inputs = self.place(valid, tokens, self.next_position.repeat_interleave(k, 0))
+        inputs = self.place(valid, self.next_position.repeat_interleave(k, 0))
         outputs = self.run(tokens.reshape(-1, 1), pick, lambda logits: logits.unflatten(0, (-1, k))[rows, chosen],
                            **self.kwargs, **inputs)  # fmt: skip
         self.cache.commit_row(start, chosen, k)
@@ -352,7 +347,7 @@ class Prefix:
             return x[:, -1:]
 
         valid = None if self.valid is None else self.valid[:, : start + 1]
-        inputs = self.place(valid, tokens, self.next_position)
+        inputs = self.place(valid, self.next_position)
         for j in range(self.k):
             outputs = self.run(tokens[:, j : j + 1], keep, lambda x: x[:, -1:], **self.kwargs, **inputs)
             logits.append(outputs.logits[:, -1])

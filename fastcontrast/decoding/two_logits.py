@@ -25,16 +25,14 @@ class Reader:
     """A model and the texts it has read, in a cache of its own: `read(ids)` gives the logits of what comes next."""
 
     def __init__(self, model: Any, mask: Tensor | None, rows: int, capacity: int, inputs: dict[str, Any] | None = None):
-        from ._cache import PrefixCache
+        from ._cache import empty_cache
 
         self.model, self.mask, self.inputs = model, mask, inputs or {}
         self.seq2seq = bool(model.config.is_encoder_decoder)
-        text = model.config.get_text_config(decoder=True)
-        self.past = PrefixCache(getattr(text, "decoder_layers", None) or text.num_hidden_layers, capacity)
-        if self.seq2seq:
-            from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-
-            self.past = EncoderDecoderCache(self.past, DynamicCache())
+        self.past, _ = empty_cache(model, capacity)
+        self.positioned = not self.seq2seq and accepts(model, "position_ids")
+        if accepts(model, "logits_to_keep"):
+            self.inputs = {**self.inputs, "logits_to_keep": 1}
         self.next = torch.zeros(rows, 1, dtype=torch.long, device=model.device)  # position of the next token
         self.outputs: Any = None
 
@@ -49,11 +47,9 @@ class Reader:
             inputs[f"{decoder}attention_mask"] = None if self.mask is None else self.mask.long()
         at = positions(self.mask if first else None, *ids.shape, ids.device) + (0 if first else self.next)
         self.next = at[:, -1:] + 1
-        if not self.seq2seq and accepts(self.model, "position_ids"):
+        if self.positioned:
             inputs["position_ids"] = at
         asked = {"output_hidden_states": hidden or loop.keeps_hidden, "output_attentions": loop.keeps_attentions}
-        if accepts(self.model, "logits_to_keep"):
-            inputs["logits_to_keep"] = 1
         self.outputs = self.model(
             **{f"{decoder}input_ids": ids}, **inputs, past_key_values=self.past, use_cache=True, return_dict=True,
             **{name: True for name, wanted in asked.items() if wanted},

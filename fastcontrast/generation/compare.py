@@ -24,7 +24,6 @@ import platform
 import re
 import textwrap
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,14 +105,8 @@ def passages(count: int) -> list[str]:
 def _all_passages() -> list[str]:
     found = []
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # invalid escapes in other people's strings
-                tree = ast.parse(path.read_bytes())
-        except (SyntaxError, ValueError):
-            continue
         kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-        texts = (ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds))
+        texts = (ast.get_docstring(node) or "" for node in data.nodes_of(path) if isinstance(node, kinds))
         paragraphs = (" ".join(part.split()) for text in texts for part in re.split(r"\n\s*\n", text))
         if prose := next(filter(_is_prose, paragraphs), None):
             found.append(prose)

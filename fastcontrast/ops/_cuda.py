@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ._inference import CODES
 from ._sweep import address
 
 try:
@@ -15,13 +16,12 @@ except ImportError as error:
     native = None
     missing = f"the CUDA kernels are not built ({error}); they need nvcc at installation"
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 LARGEST = 1 << 32  # positions in a row that a kernel can tell apart
 
 _refused: dict[int, str | None] = {}  # by device
 
 
-def refuse(dtype: torch.dtype, device: torch.device) -> str | None:
+def refuse(device: torch.device, dtype: torch.dtype) -> str | None:
     """Reason why a kernel cannot run on this CUDA device, or None."""
     if dtype not in CODES:
         return f"it takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"

@@ -8,6 +8,7 @@ from torch import Tensor
 from . import _check as check
 from ._dispatch import Choice, note, select
 
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what the native kernels call them
 NO_GRADIENT = "it has no backward, and an input requires a gradient"
 
 
@@ -28,7 +29,7 @@ def refuse_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it runs on cuda tensors, these are on {device.type}"
     from . import _cuda  # asks the driver: not before there is a tensor of its
 
-    return _cuda.refuse(dtype, device)
+    return _cuda.refuse(device, dtype)
 
 
 def batch(op: str, name: str, x: Tensor, ndim: int, like: str) -> None:

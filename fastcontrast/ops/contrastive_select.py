@@ -16,8 +16,8 @@ from . import _inference as inference
 from ._dispatch import native, refuse_cpu, refuse_triton, register
 from ._precision import without_autocast
 from ._sweep import address
-from .max_cosine import CODES, check_context
 from .max_cosine import _reference as _max_cosine_reference
+from .max_cosine import check_context
 
 register("contrastive_select", {"cuda": inference.refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
 
@@ -58,7 +58,7 @@ def _candidates_native(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     tokens = torch.empty(rows, k, dtype=torch.int64)
     native.contrastive_candidates(
         logits.data_ptr(), probabilities.data_ptr(), tokens.data_ptr(), rows, vocabulary, k, logits.stride(0),
-        CODES[logits.dtype], torch.get_num_threads(),
+        inference.CODES[logits.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return probabilities, tokens
 
@@ -70,7 +70,7 @@ def _select_native(probabilities, candidates, context, valid, alpha) -> Selectio
     native.contrastive_select(
         probabilities.data_ptr(), candidates.data_ptr(), context.data_ptr(), address(valid), choice.data_ptr(),
         score.data_ptr(), degeneration.data_ptr(), nearest.data_ptr(), b, k, t, d, *candidates.stride()[:2],
-        *context.stride()[:2], alpha, CODES[candidates.dtype], torch.get_num_threads(),
+        *context.stride()[:2], alpha, inference.CODES[candidates.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return Selection(choice, score, degeneration)
 

@@ -42,8 +42,6 @@ def _reference(candidates: Tensor, context: Tensor, valid: Tensor | None) -> tup
 
 # ----------------------------------------------------------------------------------------------------- implementations
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
 
 def _native(candidates: Tensor, context: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
     (b, k, d), t = candidates.shape, context.shape[1]
@@ -51,7 +49,7 @@ def _native(candidates: Tensor, context: Tensor, valid: Tensor | None) -> tuple[
     indices = torch.empty(b, k, dtype=torch.int64)
     native.max_cosine(
         candidates.data_ptr(), context.data_ptr(), address(valid), values.data_ptr(), indices.data_ptr(), b, k, t, d,
-        *candidates.stride()[:2], *context.stride()[:2], CODES[candidates.dtype], torch.get_num_threads(),
+        *candidates.stride()[:2], *context.stride()[:2], inference.CODES[candidates.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return values, indices
 

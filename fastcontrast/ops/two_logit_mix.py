@@ -21,7 +21,6 @@ from . import _inference as inference
 from ._dispatch import native, refuse_cpu, refuse_triton, register
 from ._precision import without_autocast
 from ._sweep import address
-from .max_cosine import CODES
 
 register("two_logit_mix", {"cuda": inference.refuse_cuda, "triton": refuse_triton, "cpu": refuse_cpu})
 
@@ -80,7 +79,7 @@ def _native(z1: Tensor, z0: Tensor, weight: Tensor | None, settings: Settings) -
     a, divergence = torch.empty(rows), torch.empty(rows)
     native.two_logit_mix(
         z1.data_ptr(), z0.data_ptr(), address(weight), out.data_ptr(), a.data_ptr(), divergence.data_ptr(),
-        rows, vocabulary, z1.stride(0), z0.stride(0), *settings, CODES[z1.dtype], torch.get_num_threads(),
+        rows, vocabulary, z1.stride(0), z0.stride(0), *settings, inference.CODES[z1.dtype], torch.get_num_threads(),
     )  # fmt: skip
     return out, a, divergence
 
