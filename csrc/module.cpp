@@ -1,12 +1,14 @@
 // fastcontrast._C: the table of contents of the native core. Functions take addresses, sizes and strides, release the
 // GIL and trust their caller; shapes and dtypes are checked in fastcontrast/ops. An address of 0 means "absent".
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "common/memory.h"
 #include "cpu/contrastive_select.h"
 #include "cpu/few_rows.h"
 #include "cpu/linear_kl.h"
 #include "cpu/max_cosine.h"
+#include "cpu/sibling_attention.h"
 #include "cpu/similarity_cross_entropy.h"
 #include "cpu/similarity_lse.h"
 #include "cpu/similarity_softplus.h"
@@ -223,6 +225,58 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("d"),
         py::arg("threads"));
+    m.def(
+        "few_rows_gated",
+        [](Address x, Address gate, Address up, Address gate_bias, Address up_bias, Address out, int64_t m, int64_t n,
+           int64_t d, int threads) {
+            py::gil_scoped_release release;
+            few_rows_gated(at<float>(x), at<float>(gate), at<float>(up), at<float>(gate_bias), at<float>(up_bias),
+                           at<float>(out), m, n, d, threads);
+        },
+        py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("out"),
+        py::arg("m"), py::arg("n"), py::arg("d"), py::arg("threads"));
+    m.def(
+        "rms_norm",
+        [](Address x, Address weight, Address out, int64_t m, int64_t d, float eps) {
+            py::gil_scoped_release release;
+            rms_norm(at<float>(x), at<float>(weight), at<float>(out), m, d, eps);
+        },
+        py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("d"), py::arg("eps"));
+    m.attr("MOST_QUERIES") = kMostQueries;
+    m.def(
+        "sibling_attention",
+        [](Address q, Address k, Address v, Address mask, Address out, std::array<int64_t, 7> sizes,
+           std::array<int64_t, 11> strides, float scale, int threads) {
+            py::gil_scoped_release release;
+            const auto [b, groups, heads, siblings, t, d, dv] = sizes;
+            const auto [qb, qh, qr, kb, kg, kr, vb, vg, vr, mb, mr] = strides;
+            sibling_attention({at<float>(q),
+                               at<float>(k),
+                               at<float>(v),
+                               at<float>(mask),
+                               b,
+                               groups,
+                               heads,
+                               siblings,
+                               t,
+                               d,
+                               dv,
+                               qb,
+                               qh,
+                               qr,
+                               kb,
+                               kg,
+                               kr,
+                               vb,
+                               vg,
+                               vr,
+                               mb,
+                               mr,
+                               scale},
+                              at<float>(out), threads);
+        },
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask"), py::arg("out"), py::arg("sizes"), py::arg("strides"),
+        py::arg("scale"), py::arg("threads"));
     m.def(
         "two_logit_mix",
         [](Address logits, Address contrast, Address given, Address out, Address weight, Address divergence,

@@ -13,9 +13,9 @@ namespace {
 // meanwhile.
 template <int M>
 FC_INLINE void two_weights(const float* __restrict x, const float* __restrict v, const float* __restrict w, int64_t d,
-                           float* __restrict xv, float* __restrict xw) {
+                           int64_t ahead, float* __restrict xv, float* __restrict xw) {
     float a[M][kWide] = {}, b[M][kWide] = {};
-    const int64_t whole = d / kWide * kWide, ahead = 2 * d;
+    const int64_t whole = d / kWide * kWide;
     for (int64_t j = 0; j < whole; j += kWide) {
         __builtin_prefetch(v + ahead + j);
         __builtin_prefetch(w + ahead + j);
@@ -41,7 +41,7 @@ FC_INLINE void some_weights(const float* x, const float* weight, const float* bi
     for (int64_t o = begin; o < end; o += 2) {
         const int64_t next = std::min(o + 1, end - 1);
         float xv[M], xw[M];
-        two_weights<M>(x, weight + o * d, weight + next * d, d, xv, xw);
+        two_weights<M>(x, weight + o * d, weight + next * d, d, 2 * d, xv, xw);
         for (int i = 0; i < M; ++i) {
             out[i * n + o] = xv[i] + (bias ? bias[o] : 0.0f);
             out[i * n + next] = (next == o ? xv[i] : xw[i]) + (bias ? bias[next] : 0.0f);
@@ -56,7 +56,50 @@ FC_VECTOR_CLONES void share(const float* x, const float* weight, const float* bi
     });
 }
 
+FC_INLINE float silu(float x) { return x / (1.0f + exp_fast(-x)); }
+
+template <int M>
+FC_INLINE void some_gates(const float* x, const float* gate, const float* up, const float* gate_bias,
+                          const float* up_bias, float* out, int64_t n, int64_t d, int64_t begin, int64_t end) {
+    for (int64_t o = begin; o < end; ++o) {
+        float g[M], u[M];
+        two_weights<M>(x, gate + o * d, up + o * d, d, d, g, u);
+        for (int i = 0; i < M; ++i)
+            out[i * n + o] = silu(g[i] + (gate_bias ? gate_bias[o] : 0.0f)) * (u[i] + (up_bias ? up_bias[o] : 0.0f));
+    }
+}
+
+FC_VECTOR_CLONES void gated_share(const float* x, const float* gate, const float* up, const float* gate_bias,
+                                  const float* up_bias, float* out, int64_t m, int64_t n, int64_t d, int64_t begin,
+                                  int64_t end) {
+    with_count<kFewRows>(m, [&](auto count) FC_INLINE_LAMBDA {
+        some_gates<decltype(count)::value>(x, gate, up, gate_bias, up_bias, out, n, d, begin, end);
+    });
+}
+
 }  // namespace
+
+FC_VECTOR_CLONES void rms_norm(const float* x, const float* weight, float* out, int64_t m, int64_t d, float eps) {
+    for (int64_t i = 0; i < m; ++i, x += d, out += d) {
+        float squares[kWide] = {};
+        int64_t j = 0;
+        for (; j + kWide <= d; j += kWide)
+#pragma omp simd
+            for (int l = 0; l < kWide; ++l) squares[l] += x[j + l] * x[j + l];
+        float sum = sum_lanes(squares);
+        for (; j < d; ++j) sum += x[j] * x[j];
+        const float factor = 1.0f / std::sqrt(sum / static_cast<float>(d) + eps);
+#pragma omp simd
+        for (int64_t l = 0; l < d; ++l) out[l] = weight[l] * (x[l] * factor);
+    }
+}
+
+void few_rows_gated(const float* x, const float* gate, const float* up, const float* gate_bias, const float* up_bias,
+                    float* out, int64_t m, int64_t n, int64_t d, int threads) {
+    in_shares(n, team(threads, 2 * n * d), [&](int64_t begin, int64_t end, int) {
+        if (begin < end) gated_share(x, gate, up, gate_bias, up_bias, out, m, n, d, begin, end);
+    });
+}
 
 void few_rows(const float* x, const float* weight, const float* bias, float* out, int64_t m, int64_t n, int64_t d,
               int threads) {

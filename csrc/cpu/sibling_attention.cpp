@@ -1,0 +1,216 @@
+#include "cpu/sibling_attention.h"
+
+#include <algorithm>
+#include <numeric>
+#include <vector>
+
+#include "common/threads.h"
+#include "cpu/lanes.h"
+
+namespace fastcontrast {
+namespace {
+
+constexpr int kKeys = 8;            // keys whose scores stay in registers
+constexpr int kRows = 8;            // rows whose sums over values stay in registers
+constexpr int64_t kBlockKeys = 64;  // keys and values that stay in the first-level cache
+
+// What one thread makes of some keys of one group. Row l, a query, is lane l of the scores, so that maxima and sums
+// over keys are lane by lane.
+struct Share {
+    int64_t width, columns;  // lanes, and Dv rounded up to whole vectors
+    float* query;            // [D, width]
+    float* scores;           // [kBlockKeys, width]
+    float *high, *sum;       // [width]
+    float* out;              // [width, columns]
+
+    static int64_t size(int64_t width, int64_t d, int64_t columns) { return width * (d + kBlockKeys + 2 + columns); }
+
+    Share(float* memory, int64_t width, int64_t d, int64_t columns) : width(width), columns(columns) {
+        query = memory;
+        scores = query + d * width;
+        high = scores + kBlockKeys * width;
+        sum = high + width;
+        out = sum + width;
+    }
+};
+
+// scores [count, W] = keys · query for up to kBlockKeys keys; the values of these keys are fetched meanwhile.
+template <int W>
+FC_INLINE void score_keys(const float* __restrict keys, int64_t stride, const float* __restrict values,
+                          int64_t value_stride, int64_t count, const float* __restrict query, int64_t d, int64_t dv,
+                          float* __restrict scores) {
+    for (int64_t t = 0; t < count; t += kKeys) {
+        const float* row[kKeys];
+        for (int i = 0; i < kKeys; ++i) {
+            row[i] = keys + std::min(t + i, count - 1) * stride;
+            for (int64_t j = 0; j < d; j += kWide) __builtin_prefetch(keys + (t + kKeys + i) * stride + j);
+            for (int64_t j = 0; j < dv; j += kWide) __builtin_prefetch(values + (t + i) * value_stride + j);
+        }
+        float a[kKeys][W] = {};
+        for (int64_t j = 0; j < d; ++j)
+#pragma GCC unroll 8
+            for (int i = 0; i < kKeys; ++i) {
+                const float x = row[i][j];
+#pragma omp simd
+                for (int l = 0; l < W; ++l) a[i][l] += x * query[j * W + l];
+            }
+        for (int i = 0; i < std::min<int64_t>(kKeys, count - t); ++i)
+#pragma omp simd
+            for (int l = 0; l < W; ++l) scores[(t + i) * W + l] = a[i][l];
+    }
+}
+
+// Scores become exp(score − maximum so far); the factor that what was summed before is worth by now comes out.
+template <int W>
+FC_INLINE void exponentials(float* __restrict scores, int64_t count, float* __restrict high, float* __restrict sum,
+                            float* __restrict factor) {
+    float m[W], offset[W], s[W] = {};
+#pragma omp simd
+    for (int l = 0; l < W; ++l) m[l] = high[l];
+    for (int64_t t = 0; t < count; ++t)
+#pragma omp simd
+        for (int l = 0; l < W; ++l) m[l] = scores[t * W + l] > m[l] ? scores[t * W + l] : m[l];
+#pragma omp simd
+    for (int l = 0; l < W; ++l) offset[l] = finite(m[l]);
+    for (int64_t t = 0; t < count; ++t)
+#pragma omp simd
+        for (int l = 0; l < W; ++l) {
+            const float p = exp_fast(scores[t * W + l] - offset[l]);
+            scores[t * W + l] = p;
+            s[l] += p;
+        }
+#pragma omp simd
+    for (int l = 0; l < W; ++l) {
+        factor[l] = exp_fast(finite(high[l]) - offset[l]);
+        sum[l] = sum[l] * factor[l] + s[l];
+        high[l] = m[l];
+    }
+}
+
+// out [kRows, ...] = out · factor + pᵀ · values, of V vectors of columns.
+template <int V>
+FC_INLINE void add_columns(const float* __restrict p, int64_t width, const float* __restrict values, int64_t stride,
+                           int64_t count, const float* factor, float* __restrict out, int64_t columns) {
+    float a[kRows][V * kWide];
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma omp simd
+        for (int l = 0; l < V * kWide; ++l) a[r][l] = out[r * columns + l] * factor[r];
+    for (int64_t t = 0; t < count; ++t)
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+            const float x = p[t * width + r];
+#pragma omp simd
+            for (int l = 0; l < V * kWide; ++l) a[r][l] += x * values[t * stride + l];
+        }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r)
+#pragma omp simd
+        for (int l = 0; l < V * kWide; ++l) out[r * columns + l] = a[r][l];
+}
+
+FC_INLINE void add_values(const Share& c, const float* values, int64_t stride, int64_t count, int64_t rows, int64_t dv,
+                          const float* factor) {
+    for (int64_t r = 0; r < rows; r += kRows) {
+        float* out = c.out + r * c.columns;
+        int64_t j = 0;
+        for (; j + 2 * kWide <= dv; j += 2 * kWide)
+            add_columns<2>(c.scores + r, c.width, values + j, stride, count, factor + r, out + j, c.columns);
+        for (; j + kWide <= dv; j += kWide)
+            add_columns<1>(c.scores + r, c.width, values + j, stride, count, factor + r, out + j, c.columns);
+        for (; j < dv; ++j)
+            for (int i = 0; i < kRows; ++i) {
+                float x = out[i * c.columns + j] * factor[r + i];
+                for (int64_t t = 0; t < count; ++t) x += c.scores[t * c.width + r + i] * values[t * stride + j];
+                out[i * c.columns + j] = x;
+            }
+    }
+}
+
+// Most blocks of keys are open to every query: of the others alone the mask is added.
+FC_INLINE void add_mask(const Siblings& s, const float* mask, int64_t count, const Share& c) {
+    int64_t closed = 0;
+    for (int64_t j = 0; j < s.siblings; ++j)
+#pragma omp simd reduction(+ : closed)
+        for (int64_t t = 0; t < count; ++t) closed += mask[j * s.mask_row + t] != 0.0f;
+    if (!closed) return;
+    for (int64_t l = 0; l < s.heads * s.siblings; ++l)
+        for (int64_t t = 0; t < count; ++t) c.scores[t * c.width + l] += mask[l % s.siblings * s.mask_row + t];
+}
+
+template <int W>
+FC_INLINE void attend(const Siblings& s, const Share& c, int64_t b, int64_t g, int64_t begin, int64_t end) {
+    const int64_t rows = s.heads * s.siblings;
+    std::fill(c.query, c.out + W * c.columns, 0.0f);
+    std::fill(c.high, c.high + W, -INFINITY);
+    for (int64_t l = 0; l < rows; ++l) {
+        const int64_t head = g * s.heads + l / s.siblings;
+        const float* q = s.q + b * s.q_batch + head * s.q_head + l % s.siblings * s.q_row;
+        for (int64_t j = 0; j < s.d; ++j) c.query[j * W + l] = q[j] * s.scale;
+    }
+    const float *keys = s.k + b * s.k_batch + g * s.k_group, *values = s.v + b * s.v_batch + g * s.v_group;
+    float factor[W];
+    for (int64_t t = begin; t < end; t += kBlockKeys) {
+        const int64_t count = std::min(kBlockKeys, end - t);
+        score_keys<W>(keys + t * s.k_row, s.k_row, values + t * s.v_row, s.v_row, count, c.query, s.d, s.dv, c.scores);
+        add_mask(s, s.mask + b * s.mask_batch + t, count, c);
+        exponentials<W>(c.scores, count, c.high, c.sum, factor);
+        add_values(c, values + t * s.v_row, s.v_row, count, rows, s.dv, factor);
+    }
+}
+
+FC_VECTOR_CLONES void attend_share(const Siblings& s, const Share& c, int64_t b, int64_t g, int64_t begin,
+                                   int64_t end) {
+    if (c.width == 8) return attend<8>(s, c, b, g, begin, end);
+    if (c.width == 16) return attend<16>(s, c, b, g, begin, end);
+    attend<kMostQueries>(s, c, b, g, begin, end);
+}
+
+// Shares have maximum, sum and output against maxima of their own; together they are the result.
+FC_VECTOR_CLONES void merge(const Siblings& s, const Share* shares, int64_t splits, int64_t b, int64_t g, float* out) {
+    for (int64_t l = 0; l < s.heads * s.siblings; ++l) {
+        const int64_t head = g * s.heads + l / s.siblings, sibling = l % s.siblings;
+        float* row = out + ((b * s.siblings + sibling) * s.groups * s.heads + head) * s.dv;
+        float high = -INFINITY, sum = 0.0f;
+        for (int64_t i = 0; i < splits; ++i) high = std::max(high, shares[i].high[l]);
+        std::fill(row, row + s.dv, 0.0f);
+        for (int64_t i = 0; i < splits; ++i) {
+            const float factor = exp_fast(finite(shares[i].high[l]) - finite(high));
+            sum += shares[i].sum[l] * factor;
+            const float* part = shares[i].out + l * shares[i].columns;
+#pragma omp simd
+            for (int64_t j = 0; j < s.dv; ++j) row[j] += part[j] * factor;
+        }
+        const float inverse = 1.0f / sum;
+#pragma omp simd
+        for (int64_t j = 0; j < s.dv; ++j) row[j] *= inverse;
+    }
+}
+
+}  // namespace
+
+void sibling_attention(const Siblings& s, float* out, int threads) {
+    const int64_t rows = s.heads * s.siblings, width = rows <= 8 ? 8 : rows <= 16 ? 16 : kMostQueries;
+    const int64_t columns = (s.dv + kWide - 1) / kWide * kWide, size = Share::size(width, s.d, columns);
+    const int64_t pairs = s.b * s.groups;
+    if (!pairs) return;
+    // As many shares of a group's keys as keep every thread busy; fewer heads than threads are common.
+    const int count = team(threads, pairs * s.t * (s.d + s.dv));
+    const int64_t splits = count / std::gcd<int64_t>(count, pairs);
+    const int64_t keys = ((s.t + splits - 1) / splits + kKeys - 1) / kKeys * kKeys;
+    std::vector<float> memory(pairs * splits * size + kWide);
+    const uintptr_t line = kWide * sizeof(float), start = reinterpret_cast<uintptr_t>(memory.data());
+    float* aligned = reinterpret_cast<float*>((start + line - 1) / line * line);
+    std::vector<Share> shares;
+    shares.reserve(pairs * splits);
+    for (int64_t i = 0; i < pairs * splits; ++i) shares.emplace_back(aligned + i * size, width, s.d, columns);
+    in_shares(pairs * splits, count, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t pair = i / splits, first = std::min(i % splits * keys, s.t);
+            attend_share(s, shares[i], pair / s.groups, pair % s.groups, first, std::min(first + keys, s.t));
+        }
+    });
+    for (int64_t i = 0; i < pairs; ++i) merge(s, shares.data() + i * splits, splits, i / s.groups, i % s.groups, out);
+}
+
+}  // namespace fastcontrast
