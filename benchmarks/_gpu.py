@@ -17,10 +17,11 @@ from fastcontrast import clip_loss, info_nce, siglip_loss
 from fastcontrast.ops import similarity_lse
 from fastcontrast.testing.shapes import Shape
 
+from . import _gpu_decoding as decoding
 from . import _language as language
 from . import _rivals as rivals
 from . import linear_cross_entropy, linear_kl
-from ._harness import Bar, Floor, Provider, Step, Workload
+from ._harness import Bar, Floor, Provider, Row, Step, Workload
 from ._pairs import Batch, make_batch, siglip_truth, truth
 
 MIB = 1 << 20
@@ -232,7 +233,12 @@ def workloads(op: str, quick: bool, device: str = "cuda") -> list[Workload]:
         "similarity_lse": _lse, "similarity_softplus": _softplus, "linear_cross_entropy": _cross_entropy,
         "linear_kl": _kl,
     }  # fmt: skip
-    return most[op](quick, device) if op in most else []
+    return most[op](quick, device) if op in most else decoding.workloads(op, quick, device)
+
+
+def measurements(op: str) -> dict[str, Callable[[bool, int | None], list[Row]]]:
+    """What fits no workload, by name."""
+    return decoding.measurements(op)
 
 
 def _lse(quick: bool, device: str) -> list[Workload]:

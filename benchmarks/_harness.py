@@ -338,8 +338,9 @@ def _run_op(op: str, args: Any, until: float) -> bool:
             rows.append(Row(op, workload.name, "", "skipped", f"the run's {args.seconds:g} s were over"))
         else:
             rows += run(workload, name, args.quick, args.reps)
-    for label, measure in getattr(module, "measurements", {}).items():
-        if only in label and not args.gpu:
+    measurements = _gpu.measurements(op) if args.gpu else getattr(module, "measurements", {})
+    for label, measure in measurements.items():
+        if only in label:
             rows += measure(args.quick, args.reps)
     if rows:
         _report.write(f"{op}.cuda" if args.gpu else op, rows, args.output, quick=args.quick)

@@ -65,12 +65,13 @@ def transformers() -> Any:
     return need("transformers", "transformers")
 
 
-def maker(model: Callable[[], Any]) -> Callable[[Shape], Text]:
+def maker(model: Callable[[], Any], device: str) -> Callable[[Shape], Text]:
     def make(shape: Shape) -> Text:
         """Prompt of n tokens, k = d candidates; of tiny size a tiny model."""
         chosen = small() if shape.name == "tiny" else model()
         random = torch.Generator().manual_seed(0)
-        return Text(chosen, torch.randint(3, 90, (1, shape.n), generator=random), shape.d)
+        ids = torch.randint(3, 90, (1, shape.n), generator=random)
+        return Text(chosen.to(device), ids.to(device), shape.d)
 
     return make
 
@@ -111,7 +112,7 @@ def repeated(text: Text) -> Tensor:
     for _ in range(NEW):
         p, tokens = logits.softmax(-1).topk(k)
         cache.batch_repeat_interleave(k)
-        at = torch.full((k, 1), ids.shape[1])
+        at = torch.full((k, 1), ids.shape[1], device=ids.device)
         out = model(
             tokens.view(-1, 1), position_ids=at, past_key_values=cache, use_cache=True, output_hidden_states=True
         )
@@ -140,7 +141,7 @@ def tokens_of(run: Callable[[Text], Tensor]) -> Callable[[Text], tuple[Tensor, .
 
 
 def workload(name: str, model: Callable[[], Any], length: int, k: int, greedy_at_most: float | None,
-             faster: float) -> Workload:  # fmt: skip
+             faster: float, device: str) -> Workload:  # fmt: skip
     """Right is what the repeated form writes, token for token; for greedy search, what it writes itself."""
     providers = {
         "fastcontrast, tree": provider(ours("tree"), memory=True),
@@ -152,18 +153,18 @@ def workload(name: str, model: Callable[[], Any], length: int, k: int, greedy_at
     if greedy_at_most is not None:
         bars.append(Bar("fastcontrast, tree", "greedy search, transformers", at_most=greedy_at_most))
     shape, tiny = Shape("prompt", 1, length, k), Shape("tiny", 1, 8, 2)
-    return Workload(f"{name}, context {length:,}, k = {k}", shape, tiny, maker(model), tokens_of(repeated), providers,
-                    {}, tuple(bars), reps=3)  # fmt: skip
+    return Workload(f"{name}, context {length:,}, k = {k}", shape, tiny, maker(model, device), tokens_of(repeated),
+                    providers, {}, tuple(bars), reps=3, device=device)  # fmt: skip
 
 
-def workloads(quick: bool) -> list[Workload]:
+def workloads(quick: bool, device: str = "cpu") -> list[Workload]:
     if quick:
-        return [workload("tiny GPT-2", small, 24, 3, None, 0.0)]
+        return [workload("tiny GPT-2", small, 24, 3, None, 0.0, device)]
     return [
-        workload("GPT-2 small", gpt2, 512, 5, 1.4, 2.0),
-        workload("SmolLM2-135M", smollm2, 512, 5, 1.4, 2.0),
-        workload("GPT-2 small", gpt2, 1024, 8, None, 4.0),
-        workload("SmolLM2-135M", smollm2, 1024, 8, None, 4.0),
+        workload("GPT-2 small", gpt2, 512, 5, 1.4, 2.0, device),
+        workload("SmolLM2-135M", smollm2, 512, 5, 1.4, 2.0, device),
+        workload("GPT-2 small", gpt2, 1024, 8, None, 4.0, device),
+        workload("SmolLM2-135M", smollm2, 1024, 8, None, 4.0, device),
     ]
 
 

@@ -48,7 +48,7 @@ def dense(problem: Problem) -> tuple[Tensor, ...]:
     context = context / context.norm(dim=2, keepdim=True)
     hidden = problem.hidden.reshape(b * k, 1, d)
     cosines = torch.matmul(context, (hidden / hidden.norm(dim=2, keepdim=True)).transpose(1, 2)).squeeze(-1)
-    penalty = (cosines + torch.zeros(b * k, t)).max(-1).values
+    penalty = (cosines + cosines.new_zeros(b * k, t)).max(-1).values
     return p, (1 - ALPHA) * p - ALPHA * penalty.view(b, k)
 
 

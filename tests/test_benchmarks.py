@@ -251,6 +251,8 @@ def test_workloads_of_a_gpu_are_right_where_there_is_none():
             assert row.status in ("ok", "floor", "missing"), f"{workload.name}, {row.provider}: {row.note}"
         ours = [row for row in rows if row.provider.startswith("fastcontrast")]
         assert ours and all(row.status == "ok" for row in ours)
+    (beside,) = _gpu.measurements("contrastive_search")["beside the model"](True, 1, device="cpu")
+    assert beside.seconds > 0 and len(beside.bars) == 1
     full = [w for op in harness.operations() for w in _gpu.workloads(op, quick=False)]
     assert len({w.name for w in full}) == len(full)
     for workload in full:
