@@ -7,6 +7,7 @@
 #include "cpu/contrastive_select.h"
 #include "cpu/few_rows.h"
 #include "cpu/linear_kl.h"
+#include "cpu/llama_layer.h"
 #include "cpu/max_cosine.h"
 #include "cpu/sibling_attention.h"
 #include "cpu/similarity_cross_entropy.h"
@@ -225,23 +226,32 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("d"),
         py::arg("threads"));
-    m.def(
-        "few_rows_gated",
-        [](Address x, Address gate, Address up, Address gate_bias, Address up_bias, Address out, int64_t m, int64_t n,
-           int64_t d, int threads) {
-            py::gil_scoped_release release;
-            few_rows_gated(at<float>(x), at<float>(gate), at<float>(up), at<float>(gate_bias), at<float>(up_bias),
-                           at<float>(out), m, n, d, threads);
-        },
-        py::arg("x"), py::arg("gate"), py::arg("up"), py::arg("gate_bias"), py::arg("up_bias"), py::arg("out"),
-        py::arg("m"), py::arg("n"), py::arg("d"), py::arg("threads"));
-    m.def(
-        "rms_norm",
-        [](Address x, Address weight, Address out, int64_t m, int64_t d, float eps) {
-            py::gil_scoped_release release;
-            rms_norm(at<float>(x), at<float>(weight), at<float>(out), m, d, eps);
-        },
-        py::arg("x"), py::arg("weight"), py::arg("out"), py::arg("m"), py::arg("d"), py::arg("eps"));
+    py::class_<LlamaLayer>(m, "LlamaLayer", py::dynamic_attr())
+        .def(py::init([](std::array<std::array<Address, 2>, 7> linears, std::array<Address, 2> norms,
+                         std::array<float, 2> eps, float scale, std::array<int64_t, 5> sizes) {
+                 LlamaLayer layer;
+                 Linear* parts[] = {&layer.q, &layer.k, &layer.v, &layer.o, &layer.gate, &layer.up, &layer.down};
+                 for (int i = 0; i < 7; ++i) *parts[i] = {at<float>(linears[i][0]), at<float>(linears[i][1])};
+                 layer.attention_norm = at<float>(norms[0]), layer.mlp_norm = at<float>(norms[1]);
+                 layer.attention_eps = eps[0], layer.mlp_eps = eps[1], layer.scale = scale;
+                 layer.hidden = sizes[0], layer.inner = sizes[1];
+                 layer.heads = sizes[2], layer.groups = sizes[3], layer.width = sizes[4];
+                 return layer;
+             }),
+             py::arg("linears"), py::arg("norms"), py::arg("eps"), py::arg("scale"), py::arg("sizes"))
+        .def(
+            "run",
+            [](const LlamaLayer& layer, Address x, Address cos, Address sin, Address keys, Address values, Address mask,
+               Address out, std::array<int64_t, 3> sizes, std::array<int64_t, 5> strides, int threads) {
+                py::gil_scoped_release release;
+                llama_layer(
+                    layer,
+                    {at<float>(x), at<float>(cos), at<float>(sin), at<float>(keys), at<float>(values), at<float>(mask),
+                     sizes[0], sizes[1], sizes[2], strides[0], strides[1], strides[2], strides[3], strides[4]},
+                    at<float>(out), threads);
+            },
+            py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("keys"), py::arg("values"), py::arg("mask"),
+            py::arg("out"), py::arg("sizes"), py::arg("strides"), py::arg("threads"));
     m.attr("MOST_QUERIES") = kMostQueries;
     m.def(
         "sibling_attention",

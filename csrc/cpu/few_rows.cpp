@@ -79,21 +79,6 @@ FC_VECTOR_CLONES void gated_share(const float* x, const float* gate, const float
 
 }  // namespace
 
-FC_VECTOR_CLONES void rms_norm(const float* x, const float* weight, float* out, int64_t m, int64_t d, float eps) {
-    for (int64_t i = 0; i < m; ++i, x += d, out += d) {
-        float squares[kWide] = {};
-        int64_t j = 0;
-        for (; j + kWide <= d; j += kWide)
-#pragma omp simd
-            for (int l = 0; l < kWide; ++l) squares[l] += x[j + l] * x[j + l];
-        float sum = sum_lanes(squares);
-        for (; j < d; ++j) sum += x[j] * x[j];
-        const float factor = 1.0f / std::sqrt(sum / static_cast<float>(d) + eps);
-#pragma omp simd
-        for (int64_t l = 0; l < d; ++l) out[l] = weight[l] * (x[l] * factor);
-    }
-}
-
 void few_rows_gated(const float* x, const float* gate, const float* up, const float* gate_bias, const float* up_bias,
                     float* out, int64_t m, int64_t n, int64_t d, int threads) {
     in_shares(n, team(threads, 2 * n * d), [&](int64_t begin, int64_t end, int) {

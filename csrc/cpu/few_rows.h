@@ -15,7 +15,4 @@ void few_rows(const float* x, const float* weight, const float* bias, float* out
 void few_rows_gated(const float* x, const float* gate, const float* up, const float* gate_bias, const float* up_bias,
                     float* out, int64_t m, int64_t n, int64_t d, int threads);
 
-// out [M, D] = weight [D] * x / sqrt(mean(x²) + eps), by rows.
-void rms_norm(const float* x, const float* weight, float* out, int64_t m, int64_t d, float eps);
-
 }  // namespace fastcontrast

@@ -51,16 +51,20 @@ class _Layer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the new states behind those in use; returns views of all, nothing is copied."""
-        start, stop = self.length, self.length + key_states.shape[2]
         if self.store is None:
             self.lazy_initialization(key_states, value_states)
-        if stop > self.store[0].shape[2]:
-            self.cache.grow(stop)
-        keys, values = self.store
-        keys[:, :, start:stop] = key_states
-        values[:, :, start:stop] = value_states
-        self.length = stop
-        return keys[:, :, :stop], values[:, :, :stop]
+        start = self.claim(key_states.shape[2])
+        keys, values = (x[:, :, : self.length] for x in self.store)
+        keys[:, :, start:] = key_states
+        values[:, :, start:] = value_states
+        return keys, values
+
+    def claim(self, count: int) -> int:
+        """Takes so many slots behind those in use, of which the first comes out; they are to be written."""
+        start, self.length = self.length, self.length + count
+        if self.length > self.store[0].shape[2]:
+            self.cache.grow(self.length)
+        return start
 
     def get_mask_sizes(self, query: Tensor | int) -> tuple[int, int]:
         """Length and offset; transformers 4 passes the new positions, 5 their number."""
