@@ -59,9 +59,9 @@ def contrastive_search(
 
     Prompts are padded on the left. Keys and values lie in one preallocated cache, whatever cache `generate` made; it is
     returned without the last token, as greedy search returns it. p is the softmax over the whole vocabulary after the
-    processors; a token of probability 0 is not chosen. Norms, cosines and scores are float32. On a CPU in float32, where
-    they meet few rows, the model's plain linear layers, its attention, and whole layers of Llama, Mistral and Qwen2
-    with nothing hooked into them run on the C++ core: the same formulas, rounded otherwise.
+    processors; a token of probability 0 is not chosen. Norms, cosines and scores are float32. On a CPU in float32,
+    where they meet few rows, the model's plain linear layers, its attention, and whole layers of Llama, Mistral and
+    Qwen2 with nothing hooked into them run on the C++ core: the same formulas, rounded otherwise.
 
     Returns token ids [B, L + n], or under `return_dict_in_generate` what `generate` returns.
 
