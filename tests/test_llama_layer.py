@@ -188,6 +188,27 @@ def test_a_layer_that_is_watched_or_changed_is_called():
         assert "LlamaDecoderLayer" not in stood_in(model), what
 
 
+@torch.no_grad()
+def test_hooks_of_the_library_and_of_the_layer_as_a_whole():
+    """Asking for hidden states leaves hooks of the library behind; a hook of the layer itself runs as ever."""
+    model = make("llama")
+    ids, _ = prompts(rows=1, padding=(0,))
+    seen = []
+    model.model.layers[0].register_forward_hook(lambda *_: seen.append("hook"))
+    expected = model(ids, output_hidden_states=True).hidden_states
+    assert stood_in(model)["LlamaDecoderLayer"] == 2
+    options = {"custom_generate": contrastive_search, "top_k": 3, **OPTIONS, "max_new_tokens": 4}
+    out = model.generate(ids, **options, output_hidden_states=True, return_dict_in_generate=True)
+    assert len(seen) == 1 + 1 + 4  # here, the prompt, the steps
+    for ours, theirs in zip(out.hidden_states[0], expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    whole = model(out.sequences, output_hidden_states=True).hidden_states
+    for step, states in enumerate(out.hidden_states[1:]):
+        at = ids.shape[1] + step
+        for ours, theirs in zip(states, whole, strict=True):
+            torch.testing.assert_close(ours[:, 0], theirs[:, at], rtol=1e-4, atol=1e-4)
+
+
 def test_weights_outlive_a_model_that_moves():
     """Addresses are taken once: what they point to stays, whatever becomes of the parameters meanwhile."""
     model = model_of("Llama")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from functools import partial
-from types import NoneType
 from typing import Any
 
 import torch
@@ -51,8 +50,11 @@ class StandIn(partial):
 
 
 def untouched(layer: nn.Module) -> bool:
-    """Nobody replaced the layer's forward, unless it was another generation."""
-    return isinstance(vars(layer).get("forward"), (StandIn, NoneType))
+    """Nobody replaced the layer's forward, unless it was another generation, or put the same back: transformers 4 does
+    where it returns hidden states."""
+    own = vars(layer).get("forward")
+    same = getattr(own, "__self__", None) is layer and getattr(own, "__func__", None) is type(layer).forward
+    return own is None or same or isinstance(own, StandIn)
 
 
 def few_rows(model: Any) -> AbstractContextManager:

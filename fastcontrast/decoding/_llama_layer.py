@@ -69,9 +69,10 @@ def whole_layer(layer: nn.Module) -> StandIn | None:
     norms = (layer.input_layernorm, layer.post_attention_layernorm)
     linears = [getattr(x, name) for x, names in zip((attention, mlp), LINEARS, strict=True) for name in names]
     kinds = {attention: "Attention", mlp: "MLP", **dict.fromkeys(norms, "RMSNorm")}
-    whole = all(type(x).__name__ == f"{family}{kind}" for x, kind in kinds.items())
+    parts = [x for x in layer.modules() if x is not layer]
+    whole = untouched(layer) and all(type(x).__name__ == f"{family}{kind}" for x, kind in kinds.items())
     whole = whole and all(type(x) is nn.Linear for x in linears) and type(mlp.act_fn).__name__ in SILU
-    if not whole or not all(plain(x.weight) for x in (*linears, *norms)) or not all(map(_unwatched, layer.modules())):
+    if not whole or not all(plain(x.weight) for x in (*linears, *norms)) or not all(map(_unwatched, parts)):
         return None
     hidden, inner = mlp.down_proj.weight.shape
     width = attention.head_dim
@@ -85,5 +86,7 @@ def whole_layer(layer: nn.Module) -> StandIn | None:
 
 
 def _unwatched(layer: nn.Module) -> bool:
-    """What the core does instead of calling the layer is not missed."""
-    return untouched(layer) and not layer._forward_hooks and not layer._forward_pre_hooks
+    """Nobody misses a call of the layer. The library's own hooks stay once hidden states were asked for; what they
+    would take from a part of a layer are attention weights, which this attention has none of."""
+    hooks = [*layer._forward_hooks.values(), *layer._forward_pre_hooks.values()]
+    return untouched(layer) and all(hook.__module__ == "transformers.utils.output_capturing" for hook in hooks)
