@@ -229,16 +229,16 @@ def test_a_search_runs_on_it(monkeypatch):
     model = make("llama")
     ids, mask = prompts(rows=1, padding=(0,))
     calls = []
-    siblings = _llama_layer._siblings
+    siblings = _llama_layer._step
 
     def spy(*arguments):
         found = siblings(*arguments)
         calls.append(found is not None)
         return found
 
-    monkeypatch.setattr(_llama_layer, "_siblings", spy)
+    monkeypatch.setattr(_llama_layer, "_step", spy)
     search = {"custom_generate": contrastive_search, "penalty_alpha": 0.6, "top_k": 4, "attention_mask": mask}
     text = model.generate(ids, **search, **OPTIONS)
     assert calls == [False] * 2 + [True] * 2 * 20
-    monkeypatch.setattr(_llama_layer, "_siblings", lambda *_: None)
+    monkeypatch.setattr(_llama_layer, "_step", lambda *_: None)
     assert torch.equal(text, model.generate(ids, **search, **OPTIONS))

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <type_traits>
+#include <vector>
 
 #include "common/simd.h"
 
@@ -16,6 +17,19 @@ FC_INLINE void with_count(int64_t n, Function fn) {
         if (n < Most) return with_count<Most - 1>(n, fn);
     fn(std::integral_constant<int, Most>());
 }
+
+// Floats to work in, at the begin of a line of the cache: a vector that straddles two lines takes two loads.
+class Scratch {
+  public:
+    explicit Scratch(int64_t count) : memory_(count + kWide) {}
+    float* data() {
+        constexpr uintptr_t line = kWide * sizeof(float);
+        return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(memory_.data()) + line - 1) / line * line);
+    }
+
+  private:
+    std::vector<float> memory_;
+};
 
 FC_INLINE float sum_lanes(const float* lanes) {
     float b[kWide / 2], c[kWide / 4];

@@ -137,10 +137,8 @@ FC_VECTOR_CLONES void share_of_row(const Cosines& c, int64_t width, const float*
 
 void max_cosine(const Cosines& c, float* values, int64_t* indices, int threads) {
     const int64_t width = (c.d + kWide - 1) / kWide * kWide;
-    std::vector<float> buffer(c.b * c.k * width + kWide);
-    // A vector that straddles two lines of the cache takes two loads.
-    const uintptr_t line = kWide * sizeof(float), start = reinterpret_cast<uintptr_t>(buffer.data());
-    float* unit = reinterpret_cast<float*>((start + line - 1) / line * line);
+    Scratch scratch(c.b * c.k * width);
+    float* unit = scratch.data();
     unit_candidates(c, width, unit);
     const int count = team(threads, c.b * c.t * c.d);
     const int64_t splits = c.b ? std::max<int64_t>(1, count / c.b) : 1, share = (c.t + splits - 1) / splits;

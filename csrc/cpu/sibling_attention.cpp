@@ -198,12 +198,10 @@ void sibling_attention(const Siblings& s, float* out, int threads) {
     const int count = team(threads, pairs * s.t * (s.d + s.dv));
     const int64_t splits = count / std::gcd<int64_t>(count, pairs);
     const int64_t keys = ((s.t + splits - 1) / splits + kKeys - 1) / kKeys * kKeys;
-    std::vector<float> memory(pairs * splits * size + kWide);
-    const uintptr_t line = kWide * sizeof(float), start = reinterpret_cast<uintptr_t>(memory.data());
-    float* aligned = reinterpret_cast<float*>((start + line - 1) / line * line);
+    Scratch scratch(pairs * splits * size);
     std::vector<Share> shares;
     shares.reserve(pairs * splits);
-    for (int64_t i = 0; i < pairs * splits; ++i) shares.emplace_back(aligned + i * size, width, s.d, columns);
+    for (int64_t i = 0; i < pairs * splits; ++i) shares.emplace_back(scratch.data() + i * size, width, s.d, columns);
     in_shares(pairs * splits, count, [&](int64_t begin, int64_t end, int) {
         for (int64_t i = begin; i < end; ++i) {
             const int64_t pair = i / splits, first = std::min(i % splits * keys, s.t);

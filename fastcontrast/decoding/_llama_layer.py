@@ -25,10 +25,10 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "do
 
 def forward(layer: nn.Module, core: Any, hidden_states: Tensor, **given: Any) -> Tensor:
     """A step of siblings by the core; the prompt, another thread's pass and whatever else by the layer itself."""
-    siblings = _siblings(layer, hidden_states, given)
-    if siblings is None:
+    step = _step(layer, hidden_states, given)
+    if step is None:
         return type(layer).forward(layer, hidden_states, **given)
-    stored, mask, (cos, sin) = siblings
+    stored, mask, (cos, sin) = step
     b, k, _ = hidden_states.shape
     start = stored.claim(k)
     keys, values = stored.store
@@ -42,7 +42,7 @@ def forward(layer: nn.Module, core: Any, hidden_states: Tensor, **given: Any) ->
     return out
 
 
-def _siblings(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> tuple | None:
+def _step(layer: nn.Module, x: Tensor, given: dict[str, Any]) -> tuple | None:
     """Cached layer, mask and rotations, if this is a step of k siblings for the core."""
     attention, past, mask = layer.self_attn, given.get("past_key_values"), given.get("attention_mask")
     if x.ndim != 3 or not few(x) or attention.config._attn_implementation != NAME or layer.training:
