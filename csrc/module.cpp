@@ -226,6 +226,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         },
         py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("d"),
         py::arg("threads"));
+    m.def(
+        "few_rows_by_input",
+        [](Address x, Address weight, Address bias, Address out, int64_t m, int64_t n, int64_t d, int threads) {
+            py::gil_scoped_release release;
+            few_rows_by_input(at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), m, n, d, threads);
+        },
+        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("d"),
+        py::arg("threads"));
     py::class_<LlamaLayer>(m, "LlamaLayer", py::dynamic_attr())
         .def(py::init([](std::array<std::array<Address, 2>, 7> linears, std::array<Address, 2> norms,
                          std::array<float, 2> eps, float scale, std::array<int64_t, 5> sizes) {

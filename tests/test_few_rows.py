@@ -6,18 +6,22 @@ import pytest
 import torch
 from decoding import make
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fastcontrast.decoding._few_rows import MOST, few_rows
 from fastcontrast.ops._dispatch import native
 
 
+@pytest.mark.parametrize("by_input", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(("n", "d"), [(1, 1), (2, 16), (37, 100), (512, 64), (515, 33), (3, 1000), (1025, 6)])
-def test_products(n, d, bias):
+def test_products(n, d, bias, by_input):
+    product = native.few_rows_by_input if by_input else native.few_rows
     for rows in range(1, MOST + 1):
         x, weight, shift = torch.randn(rows, d), torch.randn(n, d), torch.randn(n)
+        held = weight.t().contiguous() if by_input else weight
         out = torch.full((rows, n), torch.nan)
-        native.few_rows(x.data_ptr(), weight.data_ptr(), shift.data_ptr() if bias else 0, out.data_ptr(), rows, n, d, 2)
+        product(x.data_ptr(), held.data_ptr(), shift.data_ptr() if bias else 0, out.data_ptr(), rows, n, d, 2)
         exact = x.double() @ weight.double().t() + (shift.double() if bias else 0)
         scale = x.double().abs() @ weight.double().abs().t() + (shift.double().abs() if bias else 0) + 1e-9
         assert ((out - exact).abs() / scale).max() < 1e-6
@@ -29,7 +33,7 @@ class Adapted(nn.Linear):
 
 def layers():
     model = nn.ModuleDict({"linear": nn.Linear(20, 30), "bare": nn.Linear(20, 30, bias=False),
-                           "adapted": Adapted(20, 30), "rounded": nn.Linear(20, 30).bfloat16(),
+                           "conv": Conv1D(30, 20), "adapted": Adapted(20, 30), "rounded": nn.Linear(20, 30).bfloat16(),
                            "replaced": nn.Linear(20, 30)})  # fmt: skip
     model["replaced"].forward = lambda x: x * 2
     return model
@@ -39,18 +43,18 @@ def layers():
 def test_layers_inside_and_after():
     model = layers()
     x = torch.randn(1, 5, 20)
-    plain = ("linear", "bare", "adapted", "replaced")
+    plain = ("linear", "bare", "conv", "adapted", "replaced")
     before = {name: model[name](x) for name in plain}
     kept = model["replaced"].forward
     with few_rows(model):
-        for name in ("linear", "bare"):
+        for name in ("linear", "bare", "conv"):
             assert "forward" in vars(model[name])
             torch.testing.assert_close(model[name](x), before[name])
             wide = torch.randn(MOST + 1, 20)
             assert torch.equal(model[name](wide), type(model[name]).forward(model[name], wide))
         assert "forward" not in vars(model["adapted"]) and "forward" not in vars(model["rounded"])
         assert model["replaced"].forward is kept
-    assert not any("forward" in vars(model[name]) for name in ("linear", "bare", "adapted", "rounded"))
+    assert not any("forward" in vars(model[name]) for name in ("linear", "bare", "conv", "adapted", "rounded"))
     assert all(torch.equal(model[name](x), before[name]) for name in plain)
 
 

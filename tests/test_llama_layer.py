@@ -8,6 +8,7 @@ import torch
 import transformers
 from decoding import OPTIONS, make, prompts
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from fastcontrast import contrastive_search
 from fastcontrast.decoding import _llama_layer
@@ -160,8 +161,8 @@ def stood_in(model) -> dict:
 def test_which_layers_of_a_model(name):
     model = make(name)
     whole = {"llama": "LlamaDecoderLayer", "mistral": "MistralDecoderLayer", "qwen2": "Qwen2DecoderLayer"}.get(name)
-    linears = sum(type(x) is nn.Linear for x in model.modules())
-    assert stood_in(model) == {"Linear": linears, **({whole: 2} if whole else {})}
+    linears = Counter(type(x).__name__ for x in model.modules() if type(x) in (nn.Linear, Conv1D))
+    assert stood_in(model) == {**linears, **({whole: 2} if whole else {})}
 
 
 def test_a_layer_that_is_watched_or_changed_is_called():

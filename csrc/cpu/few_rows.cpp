@@ -56,6 +56,67 @@ FC_VECTOR_CLONES void share(const float* x, const float* weight, const float* bi
     });
 }
 
+constexpr int64_t kStripe = 2 * kWide, kBlockRows = 16;
+
+// out [M, n] += x [M, rows] · weight [rows, n], n a stripe: its sums stay in registers, and the block after this one,
+// as many rows further, is fetched meanwhile. Alone, the machine would not follow so short pieces of rows.
+template <int M>
+FC_INLINE void stripe_of_block(const float (*__restrict x)[M], const float* __restrict weight, int64_t rows, int64_t n,
+                               float* __restrict out) {
+    float a[M][kWide], b[M][kWide];
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+#pragma omp simd
+        for (int l = 0; l < kWide; ++l) a[i][l] = out[i * n + l];
+#pragma omp simd
+        for (int l = 0; l < kWide; ++l) b[i][l] = out[i * n + kWide + l];
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+        const float* w = weight + r * n;
+        __builtin_prefetch(w + kBlockRows * n);
+        __builtin_prefetch(w + kBlockRows * n + kWide);
+#pragma GCC unroll 8
+        for (int i = 0; i < M; ++i) {
+#pragma omp simd
+            for (int l = 0; l < kWide; ++l) a[i][l] += x[r][i] * w[l];
+#pragma omp simd
+            for (int l = 0; l < kWide; ++l) b[i][l] += x[r][i] * w[kWide + l];
+        }
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < M; ++i) {
+#pragma omp simd
+        for (int l = 0; l < kWide; ++l) out[i * n + l] = a[i][l];
+#pragma omp simd
+        for (int l = 0; l < kWide; ++l) out[i * n + kWide + l] = b[i][l];
+    }
+}
+
+template <int M>
+FC_INLINE void some_columns(const float* x, const float* weight, const float* bias, float* out, int64_t n, int64_t d,
+                            int64_t begin, int64_t end) {
+    for (int i = 0; i < M; ++i)
+        for (int64_t c = begin; c < end; ++c) out[i * n + c] = bias ? bias[c] : 0.0f;
+    for (int64_t j = 0; j < d; j += kBlockRows) {
+        const int64_t rows = std::min(kBlockRows, d - j);
+        float block[kBlockRows][M];
+        for (int64_t r = 0; r < rows; ++r)
+            for (int i = 0; i < M; ++i) block[r][i] = x[i * d + j + r];
+        int64_t c = begin;
+        for (; c + kStripe <= end; c += kStripe) stripe_of_block<M>(block, weight + j * n + c, rows, n, out + c);
+        for (int64_t r = 0; r < rows; ++r)
+            for (int i = 0; i < M; ++i)
+                for (int64_t l = c; l < end; ++l) out[i * n + l] += block[r][i] * weight[(j + r) * n + l];
+    }
+}
+
+FC_VECTOR_CLONES void share_of_columns(const float* x, const float* weight, const float* bias, float* out, int64_t m,
+                                       int64_t n, int64_t d, int64_t begin, int64_t end) {
+    with_count<kFewRows>(m, [&](auto count) FC_INLINE_LAMBDA {
+        some_columns<decltype(count)::value>(x, weight, bias, out, n, d, begin, end);
+    });
+}
+
 FC_INLINE float silu(float x) { return x / (1.0f + exp_fast(-x)); }
 
 template <int M>
@@ -90,6 +151,13 @@ void few_rows(const float* x, const float* weight, const float* bias, float* out
               int threads) {
     in_shares(n, team(threads, n * d), [&](int64_t begin, int64_t end, int) {
         if (begin < end) share(x, weight, bias, out, m, n, d, begin, end);
+    });
+}
+
+void few_rows_by_input(const float* x, const float* weight, const float* bias, float* out, int64_t m, int64_t n,
+                       int64_t d, int threads) {
+    in_shares((n + kStripe - 1) / kStripe, team(threads, n * d), [&](int64_t begin, int64_t end, int) {
+        if (begin < end) share_of_columns(x, weight, bias, out, m, n, d, begin * kStripe, std::min(n, end * kStripe));
     });
 }
 

@@ -1,19 +1,19 @@
 """Layers on a CPU, for the k rows of a step of look-ahead: read the weights once, at the speed of memory.
 
-A step of decoding is bound by reading the weights. Library products are built for many rows: for 5 they take up to 1.5
-times as long as for 1. In between lies everything that k siblings cost beside greedy search. Linear layers are here,
-whole layers of Llama's form in `_llama_layer.py`.
+A step of decoding is bound by reading the weights. Library products are built for many rows: for 5 they take up to twice
+as long as for 1. In between lies everything that k siblings cost beside greedy search. Linear layers are here, whole
+layers of Llama's form in `_llama_layer.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..ops._dispatch import native
 from ..ops._sweep import address
@@ -29,14 +29,14 @@ def few(x: Tensor) -> int:
     return rows if ours and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() else 0
 
 
-def linear(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """x · weightᵀ + bias; few rows by the C++ core, others as `nn.Linear` has it."""
+def linear(layer: nn.Module, core: Callable, weight: Tensor, bias: Tensor | None, outputs: int, x: Tensor) -> Tensor:
+    """x · W + bias; few rows by the C++ core, others by the layer itself."""
     rows = few(x)
     if not rows:
-        return F.linear(x, weight, bias)
-    out = x.new_empty(*x.shape[:-1], weight.shape[0])
-    native.few_rows(x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr(), rows, *weight.shape,
-                    torch.get_num_threads())  # fmt: skip
+        return type(layer).forward(layer, x)
+    out = x.new_empty(*x.shape[:-1], outputs)
+    core(x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr(), rows, outputs, x.shape[-1],
+         torch.get_num_threads())  # fmt: skip
     return out
 
 
@@ -60,12 +60,18 @@ def untouched(layer: nn.Module) -> bool:
 
 def few_rows(model: Any) -> AbstractContextManager:
     """Inside, the model's layers take few rows in this way, whichever thread runs them."""
+    from transformers.pytorch_utils import Conv1D
+
     from ._llama_layer import whole_layer
 
     def stand_in(layer: nn.Module) -> StandIn | None:
-        if type(layer) is nn.Linear and untouched(layer) and plain(layer.weight):
-            return StandIn(linear, layer.weight, layer.bias)
-        return whole_layer(layer)
+        if type(layer) not in (nn.Linear, Conv1D):
+            return whole_layer(layer)
+        if not untouched(layer) or not plain(layer.weight):
+            return None
+        by_input = type(layer) is Conv1D  # weight [in, out], where a linear layer's is [out, in]
+        core = native.few_rows_by_input if by_input else native.few_rows
+        return StandIn(linear, layer, core, layer.weight, layer.bias, layer.weight.shape[by_input])
 
     def step_in(layer: nn.Module) -> None:
         layer.forward = stand_in(layer)
