@@ -1,8 +1,8 @@
 """Layers on a CPU, for the k rows of a step of look-ahead: read the weights once, at the speed of memory.
 
-A step of decoding is bound by reading the weights. Library products are built for many rows: for 5 they take up to twice
-as long as for 1. In between lies everything that k siblings cost beside greedy search. Linear layers are here, whole
-layers of Llama's form in `_llama_layer.py`.
+A step of decoding is bound by reading the weights. Library products are built for many rows: for 5 they take up to
+twice as long as for 1. In between lies everything that k siblings cost beside greedy search. Linear layers are here,
+whole layers of Llama's form in `_llama_layer.py`.
 """
 
 from __future__ import annotations
