@@ -13,8 +13,9 @@ SOURCES = setup.py pyproject.toml constraints.txt requirements-data.txt $(shell 
 demo: $(VENV)/installed            ## train a CLIP on real data, in minutes
 	$(BIN)/fastcontrast demo $(ARGS)
 
+# Threads of one process that wait for work by spinning would slow down the others'.
 test: $(VENV)/installed build/triton-3.6 build/transformers-4.57   ## all tests
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 dev: $(VENV)/installed             ## tools for working on the code
 	$(BIN)/pip install -q -e ".[demo,generate,test,dev]"

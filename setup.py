@@ -15,7 +15,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 from setuptools.errors import CompileError
 
@@ -124,6 +124,7 @@ kernels = Pybind11Extension(
 )
 kernels.optional = True
 
+ParallelCompile(default=os.cpu_count() or 1).install()
 setup(
     ext_modules=[core, kernels],
     cmdclass={"build_ext": Build},
