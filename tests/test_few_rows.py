@@ -34,7 +34,8 @@ class Adapted(nn.Linear):
 def layers():
     model = nn.ModuleDict({"linear": nn.Linear(20, 30), "bare": nn.Linear(20, 30, bias=False),
                            "conv": Conv1D(30, 20), "adapted": Adapted(20, 30), "rounded": nn.Linear(20, 30).bfloat16(),
-                           "replaced": nn.Linear(20, 30)})  # fmt: skip
+                           "replaced": nn.Linear(20, 30), "mixed": nn.Linear(20, 30)})  # fmt: skip
+    model["mixed"].bias.data = model["mixed"].bias.data.bfloat16()
     model["replaced"].forward = lambda x: x * 2
     return model
 
@@ -52,7 +53,9 @@ def test_layers_inside_and_after():
             torch.testing.assert_close(model[name](x), before[name])
             wide = torch.randn(MOST + 1, 20)
             assert torch.equal(model[name](wide), type(model[name]).forward(model[name], wide))
-        assert "forward" not in vars(model["adapted"]) and "forward" not in vars(model["rounded"])
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+                model[name](torch.randn(5, 21))
+        assert not any("forward" in vars(model[name]) for name in ("adapted", "rounded", "mixed"))
         assert model["replaced"].forward is kept
     assert not any("forward" in vars(model[name]) for name in ("linear", "bare", "conv", "adapted", "rounded"))
     assert all(torch.equal(model[name](x), before[name]) for name in plain)

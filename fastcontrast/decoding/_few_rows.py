@@ -29,21 +29,22 @@ def few(x: Tensor) -> int:
     return rows if ours and not torch.is_autocast_enabled("cpu") and not torch.compiler.is_compiling() else 0
 
 
-def linear(layer: nn.Module, core: Callable, weight: Tensor, bias: Tensor | None, outputs: int, x: Tensor) -> Tensor:
+def linear(layer: nn.Module, core: Callable, sizes: tuple[int, int], x: Tensor) -> Tensor:
     """x · W + bias; few rows by the C++ core, others by the layer itself."""
-    rows = few(x)
-    if not rows:
+    rows, (outputs, inputs) = few(x), sizes
+    if not rows or x.shape[-1] != inputs:
         return type(layer).forward(layer, x)
     out = x.new_empty(*x.shape[:-1], outputs)
-    core(x.data_ptr(), weight.data_ptr(), address(bias), out.data_ptr(), rows, outputs, x.shape[-1],
+    core(x.data_ptr(), layer.weight.data_ptr(), address(layer.bias), out.data_ptr(), rows, *sizes,
          torch.get_num_threads())  # fmt: skip
     return out
 
 
-def plain(weight: Tensor) -> bool:
-    """float32 on a CPU, as it lies in memory: nothing quantised or adapted."""
-    suits = type(weight) in (nn.Parameter, Tensor) and weight.dtype == torch.float32 and weight.is_contiguous()
-    return suits and weight.device.type == "cpu"
+def plain(layer: nn.Module) -> bool:
+    """Weights in float32 on a CPU, as they lie in memory: nothing quantised or adapted."""
+    held = [layer.weight, *([] if getattr(layer, "bias", None) is None else [layer.bias])]
+    suits = all(type(x) in (nn.Parameter, Tensor) and x.dtype == torch.float32 and x.is_contiguous() for x in held)
+    return suits and all(x.device.type == "cpu" for x in held)
 
 
 class StandIn(partial):
@@ -67,11 +68,11 @@ def few_rows(model: Any) -> AbstractContextManager:
     def stand_in(layer: nn.Module) -> StandIn | None:
         if type(layer) not in (nn.Linear, Conv1D):
             return whole_layer(layer)
-        if not untouched(layer) or not plain(layer.weight):
+        if not untouched(layer) or not plain(layer):
             return None
-        by_input = type(layer) is Conv1D  # weight [in, out], where a linear layer's is [out, in]
-        core = native.few_rows_by_input if by_input else native.few_rows
-        return StandIn(linear, layer, core, layer.weight, layer.bias, layer.weight.shape[by_input])
+        if type(layer) is nn.Linear:
+            return StandIn(linear, layer, native.few_rows, layer.weight.shape)
+        return StandIn(linear, layer, native.few_rows_by_input, layer.weight.shape[::-1])
 
     def step_in(layer: nn.Module) -> None:
         layer.forward = stand_in(layer)

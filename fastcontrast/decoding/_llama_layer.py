@@ -72,7 +72,7 @@ def whole_layer(layer: nn.Module) -> StandIn | None:
     parts = [x for x in layer.modules() if x is not layer]
     whole = untouched(layer) and all(type(x).__name__ == f"{family}{kind}" for x, kind in kinds.items())
     whole = whole and all(type(x) is nn.Linear for x in linears) and type(mlp.act_fn).__name__ in SILU
-    if not whole or not all(plain(x.weight) for x in (*linears, *norms)) or not all(map(_unwatched, parts)):
+    if not whole or not all(map(plain, (*linears, *norms))) or not all(map(_unwatched, parts)):
         return None
     hidden, inner = mlp.down_proj.weight.shape
     width = attention.head_dim
