@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -22,6 +22,8 @@ except ImportError as error:  # built without a compiler: everything runs on the
     native = None
     native_missing = f"the C++ core is not built ({error}); install a C++17 compiler and reinstall fastcontrast"
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it: before it is imported
+
 Refusal = Callable[[torch.device, torch.dtype], "str | None"]
 
 _registry: dict[str, dict[str, Refusal]] = {}
@@ -29,8 +31,7 @@ _through: dict[str, str] = {}
 _traces: list[list[Choice]] = []
 
 
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """Which implementation of `op` ran, and why those preferred to it did not."""
 
     op: str
@@ -122,14 +123,13 @@ def refuse_torch(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def refuse_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Reason why a Triton kernel cannot run, shared by the operations that have one."""
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != "cuda" and not interpreted:
+    if device.type != "cuda" and not INTERPRETED:
         return f"it runs on cuda tensors, these are on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"it takes float32, bfloat16 or float16, got {str(dtype).removeprefix('torch.')}"
-    if interpreted:
+    if INTERPRETED:
         return None
     if not torch.cuda.is_available():
         return "torch sees no cuda device"

@@ -7,8 +7,6 @@ G_tv = w_t (softmax_v z_tv − [v is t's target]) / Σ w,   dh = G W,   dW = G�
 
 from __future__ import annotations
 
-import dataclasses
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -81,7 +79,7 @@ def linear_cross_entropy(
     run = {"workspace": workspace_of(workspace, hidden.device), "implementation": choice.implementation}
     if choice.implementation == "reference":
         check.within(op, "targets", targets[targets != ignore_index], 0, weight.shape[0])
-        note(dataclasses.replace(choice, op="similarity_lse"))
+        note(choice._replace(op="similarity_lse"))
         losses = _reference(rows, weight, bias, targets, ignore_index, weights, reduction)
         return losses.view(hidden.shape[:-1]) if reduction == "none" else losses
     if reduction == "none":

@@ -5,8 +5,6 @@ z_t = W h_t + b,      log p_t = z_t,target(t) − logsumexp_v z_tv
 
 from __future__ import annotations
 
-import dataclasses
-
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -59,7 +57,7 @@ def linear_logprob(
     choice = select(op, implementation, hidden.device, hidden.dtype)
     if choice.implementation == "reference":
         check.within(op, "targets", targets[targets != ignore_index], 0, weight.shape[0])
-        note(dataclasses.replace(choice, op="similarity_lse"))
+        note(choice._replace(op="similarity_lse"))
         logprob, lse = (x.view(shape) for x in _reference(rows, weight, bias, targets, ignore_index))
         return (logprob, lse) if return_lse else logprob
     tokens = select_tokens(op, rows, weight.shape[0], targets, ignore_index)
