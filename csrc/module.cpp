@@ -34,6 +34,18 @@ Cosines cosines(Address candidates, Address context, Address valid, int64_t b, i
             context_batch,        context_row,       static_cast<Kind>(kind)};
 }
 
+// The product of a few rows with a matrix of weights, whichever way the matrix lies.
+void def_product(py::module_& m, const char* name, decltype(few_rows)* product) {
+    m.def(
+        name,
+        [product](Address x, Address weight, Address bias, Address out, int64_t m, int64_t n, int64_t d, int threads) {
+            py::gil_scoped_release release;
+            product(at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), m, n, d, threads);
+        },
+        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("d"),
+        py::arg("threads"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -218,22 +230,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("score"), py::arg("degeneration"), py::arg("nearest"), py::arg("b"), py::arg("k"), py::arg("t"),
         py::arg("d"), py::arg("candidate_batch"), py::arg("candidate_row"), py::arg("context_batch"),
         py::arg("context_row"), py::arg("alpha"), py::arg("kind"), py::arg("threads"));
-    m.def(
-        "few_rows",
-        [](Address x, Address weight, Address bias, Address out, int64_t m, int64_t n, int64_t d, int threads) {
-            py::gil_scoped_release release;
-            few_rows(at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), m, n, d, threads);
-        },
-        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("d"),
-        py::arg("threads"));
-    m.def(
-        "few_rows_by_input",
-        [](Address x, Address weight, Address bias, Address out, int64_t m, int64_t n, int64_t d, int threads) {
-            py::gil_scoped_release release;
-            few_rows_by_input(at<float>(x), at<float>(weight), at<float>(bias), at<float>(out), m, n, d, threads);
-        },
-        py::arg("x"), py::arg("weight"), py::arg("bias"), py::arg("out"), py::arg("m"), py::arg("n"), py::arg("d"),
-        py::arg("threads"));
+    def_product(m, "few_rows", &few_rows);
+    def_product(m, "few_rows_by_input", &few_rows_by_input);
     py::class_<LlamaLayer>(m, "LlamaLayer", py::dynamic_attr())
         .def(py::init([](std::array<std::array<Address, 2>, 7> linears, std::array<Address, 2> norms,
                          std::array<float, 2> eps, float scale, std::array<int64_t, 5> sizes) {

@@ -230,10 +230,10 @@ def test_a_search_runs_on_it(monkeypatch):
     model = make("llama")
     ids, mask = prompts(rows=1, padding=(0,))
     calls = []
-    siblings = _llama_layer._step
+    step = _llama_layer._step
 
     def spy(*arguments):
-        found = siblings(*arguments)
+        found = step(*arguments)
         calls.append(found is not None)
         return found
 

@@ -59,7 +59,7 @@ FC_VECTOR_CLONES void share(const float* x, const float* weight, const float* bi
 constexpr int64_t kStripe = 2 * kWide, kBlockRows = 16;
 
 // out [M, n] += x [M, rows] · weight [rows, n], n a stripe: its sums stay in registers, and the block after this one,
-// as many rows further, is fetched meanwhile. Alone, the machine would not follow so short pieces of rows.
+// as many rows further, is fetched meanwhile: pieces of rows are too short for the machine to foresee the next.
 template <int M>
 FC_INLINE void stripe_of_block(const float (*__restrict x)[M], const float* __restrict weight, int64_t rows, int64_t n,
                                float* __restrict out) {

@@ -1,4 +1,4 @@
-// Sums of sixteen lanes, one vector of the widest machines.
+// Sums of sixteen lanes, one vector of the widest machines, and memory that such vectors are at home in.
 #pragma once
 
 #include <type_traits>

@@ -22,7 +22,7 @@ except ImportError as error:  # built without a compiler: everything runs on the
     native = None
     native_missing = f"the C++ core is not built ({error}); install a C++17 compiler and reinstall fastcontrast"
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it: before it is imported
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # set, like for Triton, before the import
 
 Refusal = Callable[[torch.device, torch.dtype], "str | None"]
 
