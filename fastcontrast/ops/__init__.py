@@ -3,6 +3,7 @@
 from ._dispatch import Choice, explain, operations, trace
 from ._workspace import set_workspace
 from .contrastive_select import contrastive_candidates, contrastive_select
+from .frame_attention import frame_attention
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl
 from .linear_logprob import linear_logprob
@@ -13,6 +14,7 @@ from .similarity_lse import similarity_lse
 from .similarity_mix import similarity_mix
 from .similarity_softplus import similarity_softplus
 from .similarity_topk import similarity_topk
+from .temporal_attention import temporal_attention
 from .token_contrast_margin import token_contrast_margin
 from .two_logit_mix import two_logit_mix
 
@@ -21,6 +23,7 @@ __all__ = [
     "contrastive_candidates",
     "contrastive_select",
     "explain",
+    "frame_attention",
     "linear_cross_entropy",
     "linear_kl",
     "linear_logprob",
@@ -33,6 +36,7 @@ __all__ = [
     "similarity_mix",
     "similarity_softplus",
     "similarity_topk",
+    "temporal_attention",
     "token_contrast_margin",
     "trace",
     "two_logit_mix",

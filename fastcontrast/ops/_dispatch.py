@@ -64,22 +64,33 @@ def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = to
     return {name: refuse(device, dtype) for name, refuse in _registry[op].items()}
 
 
-def select(op: str, implementation: str | None, device: torch.device, dtype: torch.dtype) -> Choice:
-    """What to run. A requested implementation that cannot run raises NotImplementedError with its reason."""
+def select(
+    op: str,
+    implementation: str | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    also: Callable[[str], str | None] | None = None,
+) -> Choice:
+    """What to run. A requested implementation that cannot run raises NotImplementedError with its reason.
+
+    `also` gives the reason, if any, why an implementation of that name cannot serve this very problem.
+    """
     table = _registry[op]
+
+    def reason(name: str) -> str | None:
+        return table[name](device, dtype) or (None if also is None else also(name))
+
     if implementation is not None:
         if implementation not in table:
             raise ValueError(f"{op}: implementation must be one of {', '.join(table)} or None, got {implementation!r}")
-        reason = table[implementation](device, dtype)
-        if reason is not None:
-            raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {reason}")
+        if (why := reason(implementation)) is not None:
+            raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {why}")
         return Choice(op, implementation, {})
     refused = {}
-    for name, refuse in table.items():
-        reason = refuse(device, dtype)
-        if reason is None:
+    for name in table:
+        if (why := reason(name)) is None:
             break
-        refused[name] = reason
+        refused[name] = why
     return Choice(op, name, refused)
 
 

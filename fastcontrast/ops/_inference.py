@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import _check as check
-from ._dispatch import Choice, note, select
+from ._dispatch import note, select
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what the native kernels call them
 NO_GRADIENT = "it has no backward, and an input requires a gradient"
@@ -15,12 +15,11 @@ NO_GRADIENT = "it has no backward, and an input requires a gradient"
 def choose_inference(op: str, implementation: str | None, first: Tensor, *others: Tensor | None) -> str:
     """Name of the implementation to run for these inputs, noted for `trace`."""
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (first, *others))
-    choice = select(op, implementation, first.device, first.dtype)
-    if wanted and choice.implementation != "reference":
-        if implementation is not None:
-            raise NotImplementedError(f"{op}: implementation {implementation!r} cannot run: {NO_GRADIENT}")
-        choice = Choice(op, "reference", {**choice.refused, choice.implementation: NO_GRADIENT})
-    return note(choice)
+
+    def refuse(name: str) -> str | None:
+        return NO_GRADIENT if name != "reference" else None
+
+    return note(select(op, implementation, first.device, first.dtype, refuse if wanted else None))
 
 
 def refuse_cuda(device: torch.device, dtype: torch.dtype) -> str | None:

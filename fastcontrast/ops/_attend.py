@@ -1,0 +1,322 @@
+"""Softmax attention across frames: the dense reference of both operations, their implementations and their autograd.
+
+s = scale · ⟨q, k⟩ + log c[f, g],   out = Σ exp(s − lse) · v,   lse = log Σ exp(s), over the keys of `_frames.Clips`.
+
+Backward, with P = exp(s − lse) and δ = ⟨dout, out⟩ − dlse: dS = P · (⟨dout, v⟩ − δ), dq = scale · Σ dS · k,
+dk = scale · Σ dS · q, dv = Σ P · dout. Every dk and dv is summed by one owner, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._dispatch import native, note, select
+from ._frames import Clips
+from ._inference import CODES, last_contiguous, wide
+from ._precision import without_autocast
+from ._sweep import address
+
+LONGEST_TILE = 128  # frames that the Triton kernel of temporal attention holds at once
+
+# ----------------------------------------------------------------------------------------------------------- reference
+
+
+@without_autocast
+def reference(q: Tensor, clips: Clips, temporal: bool) -> tuple[Tensor, Tensor]:
+    """out and lse by dense torch, in float32 (float64 for float64). `q` is that of `clips`, for its device."""
+    if clips.starts is not None:
+        return _reference_of_packed(clips, temporal)
+    dtype = wide(q.dtype)
+    q, k, v = clips.q.to(dtype), clips.k.to(dtype), clips.v.to(dtype)
+    b, f, _, h, _ = q.shape
+    if clips.valid is not None:
+        padding = ~clips.valid[:, :, None, None, None]
+        q, k, v = (x.masked_fill(padding, 0.0) for x in (q, k, v))
+    k, v = (x.repeat_interleave(h // max(1, x.shape[3]), 3) for x in (k, v))
+    score, sum_of = (
+        ("bfthd,bgthd->bhftg", "bhftg,bgthd->bfthd") if temporal else ("bfthd,bguhd->bhftgu", "bhftx,bxhd->bfthd")
+    )
+    scores = torch.einsum(score, q, k) * clips.scale
+    scores = scores if scores.ndim == 6 else scores[..., None]  # [B, H, F, T, F, S or 1]
+    scores = (scores + clips.count.to(dtype).log().view(-1, 1, f, 1, f, 1)).flatten(4)
+    keys = scores.shape[4]
+    if clips.extra_k is not None:
+        extra_k, extra_v = (x.to(dtype).repeat_interleave(h // x.shape[3], 3) for x in (clips.extra_k, clips.extra_v))
+        extra_k, extra_v = (x.expand(b, f, *x.shape[2:]) for x in (extra_k, extra_v))
+        scores = torch.cat([scores, torch.einsum("bfthd,bfehd->bhfte", q, extra_k) * clips.scale], 4)
+    high = scores.detach().amax(4, keepdim=True).clamp(min=torch.finfo(dtype).min) if scores.shape[4] else 0.0
+    weights = (scores - high).exp()
+    total = weights.sum(4, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    p = weights / total
+    if temporal:
+        out = torch.einsum("bhftg,bgthd->bfthd", p[..., :keys], v)
+    else:
+        out = torch.einsum("bhftx,bxhd->bfthd", p[..., :keys], v.flatten(1, 2))
+    if clips.extra_k is not None:
+        out = out + torch.einsum("bhfte,bfehd->bfthd", p[..., keys:], extra_v)
+    lse = (total.log() + high).masked_fill(empty, -torch.inf)[..., 0].transpose(1, 2)  # [B, F, H, T]
+    if clips.valid is not None:
+        out = out.masked_fill(padding, 0.0)
+        lse = lse.masked_fill(padding[..., 0], -torch.inf)
+    return out.to(clips.q.dtype), lse
+
+
+def _reference_of_packed(clips: Clips, temporal: bool) -> tuple[Tensor, Tensor]:
+    """Each clip in a row of its own, and back."""
+    frame = torch.arange(clips.frames, device=clips.q.device)
+    index = (clips.starts[:-1, None] + frame).clamp(max=max(clips.q.shape[1] - 1, 0)).where(clips.valid, 0)
+    q, k, v = (x[0][index] for x in (clips.q, clips.k, clips.v))
+    extra = clips.extra_k, clips.extra_v
+    if clips.extra_k is not None and not clips.shared:
+        extra = tuple(x[0][index] for x in extra)
+    out, lse = reference(q, clips._replace(q=q, k=k, v=v, extra_k=extra[0], extra_v=extra[1], starts=None), temporal)
+    return out[clips.valid][None], lse[clips.valid][None]
+
+
+# -------------------------------------------------------------------------------------- library attention, on a view
+
+
+def refuse_view(clips: Clips, temporal: bool, rule: str, return_lse: bool) -> str | None:
+    """Why the problem is no view of torch's scaled_dot_product_attention, or None."""
+    if return_lse:
+        return "it gives no log-sum-exp"
+    if clips.extra_k is not None:
+        return "it takes no extra keys"
+    if clips.starts is not None:
+        return "it takes no packed clips"
+    if temporal:
+        if clips.q.shape[3] == clips.k.shape[3] and all(_joins(x, 2) for x in (clips.q, clips.k, clips.v)):
+            return "padded frames would have to be zeroed" if clips.valid is not None else None
+        return "positions and heads do not join into one dimension of q, k and v"
+    if clips.valid is not None:
+        return "padded frames would have to be zeroed"
+    joined = {"self": (clips.q, clips.k, clips.v), "first": (clips.q,), "all": (clips.q, clips.k, clips.v)}.get(rule)
+    if joined is None:
+        return f"rule {rule} is no view of plain attention"
+    at = 0 if rule == "self" else 1
+    if not all(_joins(x, at) for x in joined):
+        return f"{'clips and frames' if rule == 'self' else 'frames and tokens'} do not join into one dimension"
+    return None
+
+
+def _joins(x: Tensor, at: int) -> bool:
+    """Dimensions `at` and the next are one dimension of some stride."""
+    return x.shape[at] <= 1 or x.shape[at + 1] <= 1 or x.stride(at) == x.shape[at + 1] * x.stride(at + 1)
+
+
+def attention_on_view(clips: Clips, temporal: bool, rule: str) -> Tensor:
+    q, k, v = clips.q, clips.k, clips.v
+    b, f, t, h, d = q.shape
+    if temporal:
+        q, k, v = (x.flatten(2, 3).transpose(1, 2) for x in (q, k, v))  # [B, T·H, F, D]
+        mask = None if rule == "all" else clips.count.float().log().to(q.dtype)
+        mask = mask if mask is None or mask.ndim == 2 else mask[:, None]
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=clips.scale).transpose(1, 2).unflatten(2, (t, h))
+    if rule == "first":
+        q, k, v = q.flatten(1, 2), k[:, 0], v[:, 0]
+    else:
+        q, k, v = (x.flatten(*((0, 1) if rule == "self" else (1, 2))) for x in (q, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    grouped = h != clips.k.shape[3]
+    out = F.scaled_dot_product_attention(q, k, v, scale=clips.scale, enable_gqa=grouped).transpose(1, 2)
+    return out.reshape(b, f, t, h, d)
+
+
+# ------------------------------------------------------------------------------------------------------------ C++ core
+
+
+def _views(*tensors: Tensor | None) -> tuple[list[int], list[list[int]]]:
+    """Addresses, and the first four strides, of five-dimensional tensors."""
+    return [address(x) for x in tensors], [[0] * 4 if x is None else list(x.stride()[:4]) for x in tensors]
+
+
+def _problem(op: str, clips: Clips):
+    b, f, t, h, d = clips.q.shape
+    extra = clips.extra_k
+    addresses, strides = _views(clips.q, clips.k, clips.v, extra, clips.extra_v)
+    sizes = [
+        clips.clips,
+        clips.frames,
+        t,
+        clips.k.shape[2],
+        h,
+        clips.k.shape[3],
+        d,
+        0 if extra is None else extra.shape[2],
+    ]
+    counts = clips.frames * clips.frames if clips.count.ndim == 3 else 0
+    return native.FrameAttention(
+        addresses, strides, sizes, address(clips.count), counts, address(clips.valid), address(clips.starts),
+        clips.shared or extra is None, clips.scale, CODES[clips.q.dtype],
+    )  # fmt: skip
+
+
+def _native_forward(op: str, clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor]:
+    out, lse = empty_forward(clips, need_lse)
+    run = getattr(native, op)
+    run(_problem(clips), *_views(out), address(lse if need_lse else None), torch.get_num_threads())
+    return out, lse
+
+
+def _native_backward(op: str, clips: Clips, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None):
+    gradients = empty_backward(clips)
+    addresses, strides = _views(out, dout, *gradients)
+    run = getattr(native, f"{op}_backward")
+    run(_problem(clips), addresses, strides, address(lse), address(dlse), torch.get_num_threads())
+    return gradients
+
+
+def empty_forward(clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor]:
+    """`out` has the order of dimensions that q has in memory; without need of it, `lse` is empty."""
+    b, f, t, h, _ = clips.q.shape
+    shape = (b, f, h, t) if need_lse else (0,)
+    return torch.empty_like(clips.q), clips.q.new_empty(shape, dtype=wide(clips.q.dtype))
+
+
+def empty_backward(clips: Clips) -> tuple[Tensor | None, ...]:
+    """dq, dk, dv and the gradients of the extra keys: dense, also where the input is expanded."""
+    tensors = (clips.q, clips.k, clips.v, clips.extra_k, clips.extra_v)
+    return tuple(None if x is None else torch.empty_like(x) for x in tensors)
+
+
+# -------------------------------------------------------------------------------------------- torch.library, autograd
+
+
+def _triton(op: str):
+    return importlib.import_module(f"fastcontrast.kernels.{op}")
+
+
+def _run_forward(op: str, implementation: str, clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor]:
+    if implementation == "triton":
+        return _triton(op).forward(clips, need_lse)
+    return _native_forward(op, clips, need_lse)
+
+
+def _run_backward(op: str, implementation: str, clips: Clips, out, lse, dout, dlse) -> tuple[Tensor | None, ...]:
+    dout = last_contiguous(dout)
+    dlse = None if dlse is None else dlse.contiguous()
+    if implementation == "triton":
+        return _triton(op).backward(clips, out, lse, dout, dlse)
+    return _native_backward(op, clips, out, lse, dout, dlse)
+
+
+def _needs_lse(op: str) -> bool:
+    """What a backward wants from the forward: temporal attention computes its small softmax again."""
+    return op != "temporal_attention"
+
+
+class _Attend(torch.autograd.Function):
+    """Eager autograd: a third of the time that torch.library's takes, which a small problem would notice."""
+
+    @staticmethod
+    def forward(ctx, op, implementation, return_lse, q, k, v, extra_k, extra_v, count, valid, starts, scale):
+        clips = Clips(q, k, v, extra_k, extra_v, count, valid, starts, scale)
+        out, lse = _run_forward(op, implementation, clips, return_lse or _needs_lse(op))
+        ctx.op, ctx.implementation, ctx.scale, ctx.return_lse = op, implementation, scale, return_lse
+        kept = (out, lse) if _needs_lse(op) else (None, None)
+        ctx.save_for_backward(q, k, v, extra_k, extra_v, count, valid, starts, *kept)
+        ctx.set_materialize_grads(False)
+        if not return_lse:
+            ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{ctx.op}: no gradient of its gradient is implemented; implementation='reference' has one"
+            )
+        *tensors, out, lse = ctx.saved_tensors
+        clips = Clips(*tensors, ctx.scale)
+        if dout is None:
+            dout = torch.zeros_like(clips.q)
+        gradients = _run_backward(ctx.op, ctx.implementation, clips, out, lse, dout, dlse)
+        return None, None, None, *gradients, None, None, None, None
+
+
+_library = torch.library.Library("fastcontrast", "FRAGMENT")
+_INPUTS = (
+    "Tensor q, Tensor k, Tensor v, Tensor? extra_k, Tensor? extra_v, Tensor count, Tensor? valid, Tensor? starts,"
+    " float scale"
+)
+
+
+def define(op: str) -> None:
+    """The operation and its backward in torch.library, which torch.compile sees."""
+    _library.define(f"{op}({_INPUTS}, bool need_lse, str implementation) -> (Tensor out, Tensor lse)")
+    _library.define(
+        f"{op}_backward({_INPUTS}, Tensor? out, Tensor? lse, Tensor dout, Tensor? dlse, str implementation)"
+        " -> (Tensor dq, Tensor dk, Tensor dv, Tensor dextra_k, Tensor dextra_v)"
+    )
+
+    def forward(*inputs):
+        *tensors, need_lse, implementation = inputs
+        return _run_forward(op, implementation, Clips(*tensors), need_lse)
+
+    def forward_fake(*inputs):
+        return empty_forward(Clips(*inputs[:9]), inputs[9])
+
+    def backward(*inputs):
+        clips, (out, lse, dout, dlse, implementation) = Clips(*inputs[:9]), inputs[9:]
+        return _dense(clips, _run_backward(op, implementation, clips, out, lse, dout, dlse))
+
+    def backward_fake(*inputs):
+        clips = Clips(*inputs[:9])
+        return _dense(clips, empty_backward(clips))
+
+    def _dense(clips, gradients):
+        return tuple(clips.q.new_empty(0) if x is None else x for x in gradients)
+
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.scale, ctx.need_lse, ctx.implementation = inputs
+        kept = output if _needs_lse(op) else (None, None)
+        ctx.save_for_backward(*tensors, *kept)
+
+    def autograd(ctx, dout, dlse):
+        *tensors, out, lse = ctx.saved_tensors
+        run = getattr(torch.ops.fastcontrast, f"{op}_backward")
+        gradients = run(*tensors, ctx.scale, out, lse, dout, dlse if ctx.need_lse else None, ctx.implementation)
+        given = [g if x is not None else None for g, x in zip(gradients, tensors, strict=False)]
+        return *given, None, None, None, None, None, None
+
+    for name, run, fake in ((op, forward, forward_fake), (f"{op}_backward", backward, backward_fake)):
+        _library.impl(name, run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"fastcontrast::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"fastcontrast::{op}", autograd, setup_context=setup_context, lib=_library)
+
+
+# -------------------------------------------------------------------------------------------------------------- engine
+
+
+def attend(
+    op: str, clips: Clips, rule: str, return_lse: bool, implementation: str | None
+) -> tuple[Tensor, Tensor | None]:
+    """Picks an implementation and runs it."""
+    temporal = op == "temporal_attention"
+
+    def refuse(name: str) -> str | None:
+        if name == "sdpa":
+            return refuse_view(clips, temporal, rule, return_lse)
+        if name == "triton" and temporal and clips.frames > LONGEST_TILE:
+            return f"it holds {LONGEST_TILE} frames, these are {clips.frames}"
+        return None
+
+    chosen = note(select(op, implementation, clips.q.device, clips.q.dtype, refuse))
+    if chosen == "reference":
+        return reference(clips.q, clips, temporal)
+    if chosen == "sdpa":
+        return attention_on_view(clips, temporal, rule), None
+    tensors = [None if x is None else last_contiguous(x) for x in clips[:5]]
+    if torch.compiler.is_compiling():
+        run = getattr(torch.ops.fastcontrast, op)
+        need = return_lse or (_needs_lse(op) and torch.is_grad_enabled())
+        return run(*tensors, *clips[5:], need, chosen)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return _Attend.apply(op, chosen, return_lse, *tensors, *clips[5:])
+    return _run_forward(op, chosen, Clips(*tensors, *clips[5:]), return_lse)
