@@ -6,6 +6,7 @@
 #include "common/memory.h"
 #include "cpu/contrastive_select.h"
 #include "cpu/few_rows.h"
+#include "cpu/frame_attention.h"
 #include "cpu/linear_kl.h"
 #include "cpu/llama_layer.h"
 #include "cpu/max_cosine.h"
@@ -14,6 +15,7 @@
 #include "cpu/similarity_lse.h"
 #include "cpu/similarity_softplus.h"
 #include "cpu/similarity_topk.h"
+#include "cpu/temporal_attention.h"
 #include "cpu/two_logit_mix.h"
 
 namespace py = pybind11;
@@ -32,6 +34,38 @@ Cosines cosines(Address candidates, Address context, Address valid, int64_t b, i
                 int64_t candidate_batch, int64_t candidate_row, int64_t context_batch, int64_t context_row, int kind) {
     return {at<void>(candidates), at<void>(context), at<bool>(valid),        b, k, t, d, candidate_batch, candidate_row,
             context_batch,        context_row,       static_cast<Kind>(kind)};
+}
+
+using Strides = std::array<int64_t, 4>;
+
+template <size_t N>
+std::array<View, N> views(const std::array<Address, N>& addresses, const std::array<Strides, N>& strides) {
+    std::array<View, N> found;
+    for (size_t i = 0; i < N; ++i)
+        found[i] = {at<char>(addresses[i]), strides[i][0], strides[i][1], strides[i][2], strides[i][3]};
+    return found;
+}
+
+// An attention across frames and its backward; views of `out`, of `out`, `dout` and the gradients.
+void def_attention(py::module_& m, const std::string& name, decltype(frame_attention)* forward,
+                   decltype(frame_attention_backward)* backward) {
+    m.def(
+        name.c_str(),
+        [forward](const FrameAttention& problem, const std::array<Address, 1>& addresses,
+                  const std::array<Strides, 1>& strides, Address lse, int threads) {
+            py::gil_scoped_release release;
+            forward(problem, views(addresses, strides)[0], at<float>(lse), threads);
+        },
+        py::arg("problem"), py::arg("addresses"), py::arg("strides"), py::arg("lse"), py::arg("threads"));
+    m.def((name + "_backward").c_str(),
+          [backward](const FrameAttention& problem, const std::array<Address, 7>& addresses,
+                     const std::array<Strides, 7>& strides, Address lse, Address dlse, int threads) {
+              py::gil_scoped_release release;
+              const auto x = views(addresses, strides);
+              backward(problem, x[0], x[1], {x[2], x[3], x[4], x[5], x[6]}, at<float>(lse), at<float>(dlse), threads);
+          },
+          py::arg("problem"), py::arg("addresses"), py::arg("strides"), py::arg("lse"), py::arg("dlse"),
+          py::arg("threads"));
 }
 
 // The product of a few rows with a matrix of weights, whichever way the matrix lies.
@@ -308,4 +342,35 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("divergence"), py::arg("rows"), py::arg("vocabulary"), py::arg("stride"), py::arg("contrast_stride"),
         py::arg("keep"), py::arg("floor"), py::arg("threshold"), py::arg("diverge"), py::arg("kind"),
         py::arg("threads"));
+
+    py::class_<FrameAttention>(m, "FrameAttention")
+        .def(py::init([](const std::array<Address, 5>& addresses, const std::array<Strides, 5>& strides,
+                         const std::array<int64_t, 8>& n, Address count, int64_t count_batch, Address valid,
+                         Address starts, bool shared, float scale, int kind) {
+                 const auto x = views(addresses, strides);
+                 return FrameAttention{x[0],
+                                       x[1],
+                                       x[2],
+                                       x[3],
+                                       x[4],
+                                       n[0],
+                                       n[1],
+                                       n[2],
+                                       n[3],
+                                       n[4],
+                                       n[5],
+                                       n[6],
+                                       n[7],
+                                       at<int32_t>(count),
+                                       count_batch,
+                                       at<bool>(valid),
+                                       at<int32_t>(starts),
+                                       shared,
+                                       scale,
+                                       static_cast<Kind>(kind)};
+             }),
+             py::arg("addresses"), py::arg("strides"), py::arg("sizes"), py::arg("count"), py::arg("count_batch"),
+             py::arg("valid"), py::arg("starts"), py::arg("shared"), py::arg("scale"), py::arg("kind"));
+    def_attention(m, "frame_attention", &frame_attention, &frame_attention_backward);
+    def_attention(m, "temporal_attention", &temporal_attention, &temporal_attention_backward);
 }

@@ -22,4 +22,16 @@ void in_shares(int64_t rows, int count, Function fn) {
     for (int t = 0; t < count; ++t) fn(std::min(t * share, rows), std::min((t + 1) * share, rows), t);
 }
 
+// Calls fn(i, state) for i in [0, tasks), each task taken by the next thread that is free, with the state that make()
+// gave that thread. For tasks of unequal length that share nothing that they write.
+template <typename Make, typename Function>
+void in_turns(int64_t tasks, int count, Make make, Function fn) {
+#pragma omp parallel num_threads(count)
+    {
+        auto state = make();
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t i = 0; i < tasks; ++i) fn(i, state);
+    }
+}
+
 }  // namespace fastcontrast

@@ -5,13 +5,11 @@
 #include <vector>
 
 #include "common/threads.h"
-#include "cpu/lanes.h"
+#include "cpu/panels.h"
 
 namespace fastcontrast {
 namespace {
 
-constexpr int kKeys = 8;            // keys whose scores stay in registers
-constexpr int kRows = 8;            // rows whose sums over values stay in registers
 constexpr int64_t kBlockKeys = 64;  // keys and values that stay in the first-level cache
 
 // What one thread makes of some keys of one group. Row l, a query, is lane l of the scores, so that maxima and sums
@@ -36,95 +34,12 @@ struct Share {
 
 // scores [count, W] = keys · query for up to kBlockKeys keys; the values of these keys are fetched meanwhile.
 template <int W>
-FC_INLINE void score_keys(const float* __restrict keys, int64_t stride, const float* __restrict values,
-                          int64_t value_stride, int64_t count, const float* __restrict query, int64_t d, int64_t dv,
-                          float* __restrict scores) {
-    for (int64_t t = 0; t < count; t += kKeys) {
-        const float* row[kKeys];
-        for (int i = 0; i < kKeys; ++i) {
-            row[i] = keys + std::min(t + i, count - 1) * stride;
-            for (int64_t j = 0; j < d; j += kWide) __builtin_prefetch(keys + (t + kKeys + i) * stride + j);
-            for (int64_t j = 0; j < dv; j += kWide) __builtin_prefetch(values + (t + i) * value_stride + j);
-        }
-        float a[kKeys][W] = {};
-        for (int64_t j = 0; j < d; ++j)
-#pragma GCC unroll 8
-            for (int i = 0; i < kKeys; ++i) {
-                const float x = row[i][j];
-#pragma omp simd
-                for (int l = 0; l < W; ++l) a[i][l] += x * query[j * W + l];
-            }
-        for (int i = 0; i < std::min<int64_t>(kKeys, count - t); ++i)
-#pragma omp simd
-            for (int l = 0; l < W; ++l) scores[(t + i) * W + l] = a[i][l];
-    }
-}
-
-// Scores become exp(score − maximum so far); the factor that what was summed before is worth by now comes out.
-template <int W>
-FC_INLINE void exponentials(float* __restrict scores, int64_t count, float* __restrict high, float* __restrict sum,
-                            float* __restrict factor) {
-    float m[W], offset[W], s[W] = {};
-#pragma omp simd
-    for (int l = 0; l < W; ++l) m[l] = high[l];
-    for (int64_t t = 0; t < count; ++t)
-#pragma omp simd
-        for (int l = 0; l < W; ++l) m[l] = scores[t * W + l] > m[l] ? scores[t * W + l] : m[l];
-#pragma omp simd
-    for (int l = 0; l < W; ++l) offset[l] = finite(m[l]);
-    for (int64_t t = 0; t < count; ++t)
-#pragma omp simd
-        for (int l = 0; l < W; ++l) {
-            const float p = exp_fast(scores[t * W + l] - offset[l]);
-            scores[t * W + l] = p;
-            s[l] += p;
-        }
-#pragma omp simd
-    for (int l = 0; l < W; ++l) {
-        factor[l] = exp_fast(finite(high[l]) - offset[l]);
-        sum[l] = sum[l] * factor[l] + s[l];
-        high[l] = m[l];
-    }
-}
-
-// out [kRows, ...] = out · factor + pᵀ · values, of V vectors of columns.
-template <int V>
-FC_INLINE void add_columns(const float* __restrict p, int64_t width, const float* __restrict values, int64_t stride,
-                           int64_t count, const float* factor, float* __restrict out, int64_t columns) {
-    float a[kRows][V * kWide];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma omp simd
-        for (int l = 0; l < V * kWide; ++l) a[r][l] = out[r * columns + l] * factor[r];
-    for (int64_t t = 0; t < count; ++t)
-#pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r) {
-            const float x = p[t * width + r];
-#pragma omp simd
-            for (int l = 0; l < V * kWide; ++l) a[r][l] += x * values[t * stride + l];
-        }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r)
-#pragma omp simd
-        for (int l = 0; l < V * kWide; ++l) out[r * columns + l] = a[r][l];
-}
-
-FC_INLINE void add_values(const Share& c, const float* values, int64_t stride, int64_t count, int64_t rows, int64_t dv,
-                          const float* factor) {
-    for (int64_t r = 0; r < rows; r += kRows) {
-        float* out = c.out + r * c.columns;
-        int64_t j = 0;
-        for (; j + 2 * kWide <= dv; j += 2 * kWide)
-            add_columns<2>(c.scores + r, c.width, values + j, stride, count, factor + r, out + j, c.columns);
-        for (; j + kWide <= dv; j += kWide)
-            add_columns<1>(c.scores + r, c.width, values + j, stride, count, factor + r, out + j, c.columns);
-        for (; j < dv; ++j)
-            for (int i = 0; i < kRows; ++i) {
-                float x = out[i * c.columns + j] * factor[r + i];
-                for (int64_t t = 0; t < count; ++t) x += c.scores[t * c.width + r + i] * values[t * stride + j];
-                out[i * c.columns + j] = x;
-            }
-    }
+FC_INLINE void score_keys(const float* keys, int64_t stride, const float* values, int64_t value_stride, int64_t count,
+                          const float* query, int64_t d, int64_t dv, float* scores) {
+    dots<W>(keys, stride, count, query, d, scores, [&](int64_t t, int i) FC_INLINE_LAMBDA {
+        for (int64_t j = 0; j < d; j += kWide) __builtin_prefetch(keys + (t + kRows + i) * stride + j);
+        for (int64_t j = 0; j < dv; j += kWide) __builtin_prefetch(values + (t + i) * value_stride + j);
+    });
 }
 
 // Most blocks of keys are open to every query: of the others alone the mask is added.
@@ -155,7 +70,7 @@ FC_INLINE void attend(const Siblings& s, const Share& c, int64_t b, int64_t g, i
         score_keys<W>(keys + t * s.k_row, s.k_row, values + t * s.v_row, s.v_row, count, c.query, s.d, s.dv, c.scores);
         add_mask(s, s.mask + b * s.mask_batch + t, count, c);
         exponentials<W>(c.scores, count, c.high, c.sum, factor);
-        add_values(c, values + t * s.v_row, s.v_row, count, rows, s.dv, factor);
+        add_rows({c.scores, 1, W}, values + t * s.v_row, s.v_row, count, factor, c.out, c.columns, rows, s.dv);
     }
 }
 
@@ -197,7 +112,7 @@ void sibling_attention(const Siblings& s, float* out, int threads) {
     // As many shares of a group's keys as keep every thread busy; fewer heads than threads are common.
     const int count = team(threads, pairs * s.t * (s.d + s.dv));
     const int64_t splits = count / std::gcd<int64_t>(count, pairs);
-    const int64_t keys = ((s.t + splits - 1) / splits + kKeys - 1) / kKeys * kKeys;
+    const int64_t keys = ((s.t + splits - 1) / splits + kRows - 1) / kRows * kRows;
     Scratch scratch(pairs * splits * size);
     std::vector<Share> shares;
     shares.reserve(pairs * splits);

@@ -41,6 +41,42 @@ FC_INLINE float widen(Float16 x) {
     return y;
 }
 
+// The nearest number of the type, of two the even one.
+template <typename T>
+FC_INLINE T narrow(float x);
+
+template <>
+FC_INLINE float narrow<float>(float x) {
+    return x;
+}
+
+template <>
+FC_INLINE BFloat16 narrow<BFloat16>(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t rounded = bits + 0x7fffu + (bits >> 16 & 1u), quiet = bits | 0x400000u;
+    return {static_cast<uint16_t>((x != x ? quiet : rounded) >> 16)};
+}
+
+// Numbers of float16's range lose 13 bits; below it, adding 0.5 leaves 24 bits after the point, of which the last are
+// cut; above it there is infinity.
+template <>
+FC_INLINE Float16 narrow<Float16>(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+    const uint32_t normal = (size + 0xc8000fffu + (size >> 13 & 1u)) >> 13;
+    float shifted;
+    std::memcpy(&shifted, &size, sizeof shifted);
+    shifted += 0.5f;
+    uint32_t small;
+    std::memcpy(&small, &shifted, sizeof small);
+    small -= 0x3f000000u;
+    const uint32_t large = size > 0x7f800000u ? 0x7e00u : 0x7c00u;
+    const uint32_t rest = size < 0x38800000u ? small : size >= 0x47800000u ? large : normal;
+    return {static_cast<uint16_t>(rest | sign)};
+}
+
 // Calls fn with a pointer of the type that `kind` names.
 template <typename Function>
 FC_INLINE void with_kind(Kind kind, const void* data, Function fn) {

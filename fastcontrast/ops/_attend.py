@@ -37,15 +37,13 @@ def reference(q: Tensor, clips: Clips, temporal: bool) -> tuple[Tensor, Tensor]:
         padding = ~clips.valid[:, :, None, None, None]
         q, k, v = (x.masked_fill(padding, 0.0) for x in (q, k, v))
     k, v = (x.repeat_interleave(h // max(1, x.shape[3]), 3) for x in (k, v))
-    score, sum_of = (
-        ("bfthd,bgthd->bhftg", "bhftg,bgthd->bfthd") if temporal else ("bfthd,bguhd->bhftgu", "bhftx,bxhd->bfthd")
-    )
-    scores = torch.einsum(score, q, k) * clips.scale
+    scores = torch.einsum("bfthd,bgthd->bhftg" if temporal else "bfthd,bguhd->bhftgu", q, k) * clips.scale
     scores = scores if scores.ndim == 6 else scores[..., None]  # [B, H, F, T, F, S or 1]
-    scores = (scores + clips.count.to(dtype).log().view(-1, 1, f, 1, f, 1)).flatten(4)
+    count = clips.count if clips.count.ndim == 3 else clips.count[None]
+    scores = (scores + count.to(dtype).log()[:, None, :, None, :, None]).flatten(4)
     keys = scores.shape[4]
     if clips.extra_k is not None:
-        extra_k, extra_v = (x.to(dtype).repeat_interleave(h // x.shape[3], 3) for x in (clips.extra_k, clips.extra_v))
+        extra_k, extra_v = (x.to(dtype).repeat_interleave(h // max(1, x.shape[3]), 3) for x in clips[3:5])
         extra_k, extra_v = (x.expand(b, f, *x.shape[2:]) for x in (extra_k, extra_v))
         scores = torch.cat([scores, torch.einsum("bfthd,bfehd->bhfte", q, extra_k) * clips.scale], 4)
     high = scores.detach().amax(4, keepdim=True).clamp(min=torch.finfo(dtype).min) if scores.shape[4] else 0.0
@@ -136,20 +134,12 @@ def _views(*tensors: Tensor | None) -> tuple[list[int], list[list[int]]]:
     return [address(x) for x in tensors], [[0] * 4 if x is None else list(x.stride()[:4]) for x in tensors]
 
 
-def _problem(op: str, clips: Clips):
-    b, f, t, h, d = clips.q.shape
+def _problem(clips: Clips):
+    t, h, d = clips.q.shape[2:]
+    s, groups = clips.k.shape[2:4]
     extra = clips.extra_k
     addresses, strides = _views(clips.q, clips.k, clips.v, extra, clips.extra_v)
-    sizes = [
-        clips.clips,
-        clips.frames,
-        t,
-        clips.k.shape[2],
-        h,
-        clips.k.shape[3],
-        d,
-        0 if extra is None else extra.shape[2],
-    ]
+    sizes = [clips.clips, clips.frames, t, s, h, groups, d, 0 if extra is None else extra.shape[2]]
     counts = clips.frames * clips.frames if clips.count.ndim == 3 else 0
     return native.FrameAttention(
         addresses, strides, sizes, address(clips.count), counts, address(clips.valid), address(clips.starts),

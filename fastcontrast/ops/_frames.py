@@ -40,7 +40,7 @@ class Clips(NamedTuple):
     @property
     def shared(self) -> bool:
         """The extra keys are those of a clip, not each frame's own."""
-        return self.extra_k is not None and self.extra_k.shape[1] == 1 and (self.starts is not None or self.frames > 1)
+        return self.extra_k is not None and tuple(self.extra_k.shape[:2]) == (self.clips, 1)
 
 
 def checked(

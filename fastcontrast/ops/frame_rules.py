@@ -147,7 +147,7 @@ def count_matrix(rule: Rule | str, frames: int, lengths: Tensor | None = None, d
     count = rule.count(f[:, None], f[None], length).to(device=device, dtype=torch.int32)
     if lengths is None and count.ndim == 3 and len(count) == 1:
         count = count[0]
-    count = count.contiguous()
+    count = count.expand(*count.shape[:-2], frames, frames).contiguous()
     if constant:
         _counts[key] = count
     return count

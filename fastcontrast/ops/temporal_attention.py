@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ._attend import attend, define
-from ._dispatch import refuse_triton, register
+from ._dispatch import refuse_cpu, refuse_triton, register
 from ._frames import checked
 from .frame_rules import Rule, named
 
@@ -25,7 +25,7 @@ def refuse_view(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 OP = "temporal_attention"
-register(OP, {"triton": refuse_triton, "sdpa": refuse_view})
+register(OP, {"triton": refuse_triton, "sdpa": refuse_view, "cpu": refuse_cpu})
 define(OP)
 
 

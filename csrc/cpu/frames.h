@@ -1,0 +1,91 @@
+// Attention across the frames of clips: the problem that both of its kernels take, and how its tensors are read.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/vectors.h"
+
+namespace fastcontrast {
+
+// A tensor [B, F, T, H, D] without gaps in its last dimension; strides count its elements.
+struct View {
+    char* data = nullptr;
+    int64_t batch = 0, frame = 0, token = 0, head = 0;
+};
+
+// Packed clips lie behind one another: clip b owns frames starts[b] … starts[b + 1] − 1, and there is no batch stride.
+struct FrameAttention {
+    View q, k, v, extra_k, extra_v;
+    int64_t b, f, t, s, h, groups, d,
+        e;                 // clips, frames of the longest, queries and keys of a frame, heads, extra keys
+    const int32_t* count;  // [F, F], `count_batch` apart for each clip: 0 where a frame is padding
+    int64_t count_batch;
+    const bool* valid;      // [B, F], or null: false where a query frame is padding
+    const int32_t* starts;  // [B + 1], or null
+    bool shared;            // the extra keys are those of the clip
+    float scale;
+    Kind kind;
+
+    int64_t size() const { return kind == Kind::f32 ? 4 : 2; }
+    int64_t heads() const { return h / groups; }  // that share one of `groups`
+    bool is_valid(int64_t clip, int64_t frame) const { return !valid || valid[clip * f + frame]; }
+    int64_t count_of(int64_t clip, int64_t query, int64_t key) const {
+        return count[clip * count_batch + query * f + key];
+    }
+    // Frames of all clips in the order of memory, for what is [frames, ...] without gaps.
+    int64_t row(int64_t clip, int64_t frame) const { return starts ? starts[clip] + frame : clip * f + frame; }
+    int64_t rows() const { return starts ? starts[b] : b * f; }
+
+    char* at(const View& x, int64_t clip, int64_t frame, int64_t token, int64_t head) const {
+        const int64_t place = starts ? (starts[clip] + frame) * x.frame : clip * x.batch + frame * x.frame;
+        return x.data + (place + token * x.token + head * x.head) * size();
+    }
+    // Row `i` of the extra keys that frame `frame` sees.
+    char* extra_at(const View& x, int64_t clip, int64_t frame, int64_t i, int64_t head) const {
+        const int64_t place = shared   ? clip * x.batch
+                              : starts ? (starts[clip] + frame) * x.frame
+                                       : clip * x.batch + frame * x.frame;
+        return x.data + (place + i * x.token + head * x.head) * size();
+    }
+};
+
+struct FrameGradients {
+    View q, k, v, extra_k, extra_v;
+};
+
+// out [count, ld] = rows of D elements, `stride` elements apart, in float32.
+FC_INLINE void read_rows(Kind kind, const char* rows, int64_t stride, int64_t count, int64_t d, float* out,
+                         int64_t ld) {
+    with_kind(kind, rows, [&](auto* x) FC_INLINE_LAMBDA {
+        for (int64_t i = 0; i < count; ++i)
+#pragma omp simd
+            for (int64_t j = 0; j < d; ++j) out[i * ld + j] = widen(x[i * stride + j]);
+    });
+}
+
+// rows, `stride` elements apart, = factor · x [count, ld], rounded to their type.
+FC_INLINE void write_rows(Kind kind, char* rows, int64_t stride, int64_t count, int64_t d, const float* x, int64_t ld,
+                          float factor) {
+    with_kind(kind, rows, [&](auto* typed) FC_INLINE_LAMBDA {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
+        T* out = const_cast<T*>(typed);
+        for (int64_t i = 0; i < count; ++i)
+#pragma omp simd
+            for (int64_t j = 0; j < d; ++j) out[i * stride + j] = narrow<T>(factor * x[i * ld + j]);
+    });
+}
+
+FC_INLINE void zero_rows(int64_t size, char* rows, int64_t stride, int64_t count, int64_t d) {
+    for (int64_t i = 0; i < count; ++i) std::memset(rows + i * stride * size, 0, d * size);
+}
+
+// lanes [D, W] = factor · rows [count, ld] the other way round; lanes that are left are 0.
+template <int W>
+FC_INLINE void to_lanes(const float* rows, int64_t ld, int64_t count, int64_t d, float factor, float* lanes) {
+    if (count < W) std::fill(lanes, lanes + d * W, 0.0f);
+    for (int64_t l = 0; l < count; ++l)
+        for (int64_t j = 0; j < d; ++j) lanes[j * W + l] = factor * rows[l * ld + j];
+}
+
+}  // namespace fastcontrast
