@@ -60,7 +60,7 @@ struct Cursor {
     int64_t row = 0;
 };
 
-FC_INLINE int64_t next_block(const FrameAttention& c, const Task& task, Cursor& at) {
+int64_t next_block(const FrameAttention& c, const Task& task, Cursor& at) {
     int64_t filled = 0;
     while (filled < kBlockRows && at.segment < task.segments.size()) {
         const Segment& s = task.segments[at.segment];
@@ -152,10 +152,10 @@ FC_VECTOR_CLONES void forward(const FrameAttention& c, const View& out, float* l
     while (const int64_t n = next_block(c, task, cursor))
         in_groups(owned, [&](auto lanes, int64_t l, int64_t count) FC_INLINE_LAMBDA {
             constexpr int W = decltype(lanes)::value;
-            dots<W>(task.x, ld, n, task.a + l * ld, c.d, task.p);
+            score<W>(task.x, ld, n, task.a + l * ld, c.d, task.p);
             add_bias<W>(task.p, task.offset, n);
-            exponentials<W>(task.p, n, task.high + l, task.sum + l, task.factor);
-            add_rows({task.p, 1, W}, task.y, ld, n, task.factor, task.to_a + l * ld, ld, count, c.d);
+            soften<W>(task.p, n, task.high + l, task.sum + l, task.factor);
+            mix({task.p, 1, W}, task.y, ld, n, task.factor, task.to_a + l * ld, ld, count, c.d);
         });
     for (int64_t l = 0; l < owned; ++l) {
         const float sum = task.sum[l];
@@ -178,8 +178,8 @@ FC_INLINE void stream_gradients(const FrameAttention& c, Task& task, int64_t own
             constexpr int W = decltype(lanes)::value;
             float* __restrict p = task.p, * __restrict g = task.g;
             const float *lane_offset = task.lane_offset + l, *lane_delta = task.lane_delta + l;
-            dots<W>(task.x, ld, n, task.a + l * ld, c.d, p);
-            dots<W>(task.y, ld, n, task.b + l * ld, c.d, g);
+            score<W>(task.x, ld, n, task.a + l * ld, c.d, p);
+            score<W>(task.y, ld, n, task.b + l * ld, c.d, g);
             for (int64_t i = 0; i < n; ++i) {
                 const float offset = task.offset[i], delta = task.delta[i];
 #pragma omp simd
@@ -189,8 +189,8 @@ FC_INLINE void stream_gradients(const FrameAttention& c, Task& task, int64_t own
                     g[i * W + j] = e * (g[i * W + j] - delta - lane_delta[j]);
                 }
             }
-            add_rows({g, 1, W}, task.x, ld, n, nullptr, task.to_a + l * ld, ld, count, c.d);
-            if (both) add_rows({p, 1, W}, task.y, ld, n, nullptr, task.to_b + l * ld, ld, count, c.d);
+            mix({g, 1, W}, task.x, ld, n, nullptr, task.to_a + l * ld, ld, count, c.d);
+            if (both) mix({p, 1, W}, task.y, ld, n, nullptr, task.to_b + l * ld, ld, count, c.d);
         });
 }
 

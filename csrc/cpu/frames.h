@@ -54,9 +54,11 @@ struct FrameGradients {
     View q, k, v, extra_k, extra_v;
 };
 
+namespace {
+
 // out [count, ld] = rows of D elements, `stride` elements apart, in float32.
-FC_INLINE void read_rows(Kind kind, const char* rows, int64_t stride, int64_t count, int64_t d, float* out,
-                         int64_t ld) {
+FC_VECTOR_CLONES void read_rows(Kind kind, const char* rows, int64_t stride, int64_t count, int64_t d, float* out,
+                                int64_t ld) {
     with_kind(kind, rows, [&](auto* x) FC_INLINE_LAMBDA {
         for (int64_t i = 0; i < count; ++i)
 #pragma omp simd
@@ -65,8 +67,8 @@ FC_INLINE void read_rows(Kind kind, const char* rows, int64_t stride, int64_t co
 }
 
 // rows, `stride` elements apart, = factor · x [count, ld], rounded to their type.
-FC_INLINE void write_rows(Kind kind, char* rows, int64_t stride, int64_t count, int64_t d, const float* x, int64_t ld,
-                          float factor) {
+FC_VECTOR_CLONES void write_rows(Kind kind, char* rows, int64_t stride, int64_t count, int64_t d, const float* x,
+                                 int64_t ld, float factor) {
     with_kind(kind, rows, [&](auto* typed) FC_INLINE_LAMBDA {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
         T* out = const_cast<T*>(typed);
@@ -76,16 +78,10 @@ FC_INLINE void write_rows(Kind kind, char* rows, int64_t stride, int64_t count, 
     });
 }
 
-FC_INLINE void zero_rows(int64_t size, char* rows, int64_t stride, int64_t count, int64_t d) {
+void zero_rows(int64_t size, char* rows, int64_t stride, int64_t count, int64_t d) {
     for (int64_t i = 0; i < count; ++i) std::memset(rows + i * stride * size, 0, d * size);
 }
 
-// lanes [D, W] = factor · rows [count, ld] the other way round; lanes that are left are 0.
-template <int W>
-FC_INLINE void to_lanes(const float* rows, int64_t ld, int64_t count, int64_t d, float factor, float* lanes) {
-    if (count < W) std::fill(lanes, lanes + d * W, 0.0f);
-    for (int64_t l = 0; l < count; ++l)
-        for (int64_t j = 0; j < d; ++j) lanes[j * W + l] = factor * rows[l * ld + j];
-}
+}  // namespace
 
 }  // namespace fastcontrast

@@ -141,4 +141,34 @@ FC_INLINE void with_lanes(int64_t n, Function fn) {
     fn(std::integral_constant<int, kMostLanes>());
 }
 
+// The same as functions of their own: inside of a large one the compiler runs out of registers, which costs them half
+// of their speed. A file has its own copies.
+namespace {
+
+template <int W>
+FC_VECTOR_CLONES void score(const float* rows, int64_t stride, int64_t count, const float* lanes, int64_t d,
+                            float* out) {
+    dots<W>(rows, stride, count, lanes, d, out);
+}
+
+template <int W>
+FC_VECTOR_CLONES void soften(float* scores, int64_t count, float* high, float* sum, float* factor) {
+    exponentials<W>(scores, count, high, sum, factor);
+}
+
+FC_VECTOR_CLONES void mix(Weights w, const float* x, int64_t stride, int64_t count, const float* factor, float* out,
+                          int64_t out_stride, int64_t rows, int64_t d) {
+    add_rows(w, x, stride, count, factor, out, out_stride, rows, d);
+}
+
+// lanes [D, W] = factor · rows [count, ld] the other way round; lanes that are left are 0.
+template <int W>
+FC_VECTOR_CLONES void to_lanes(const float* rows, int64_t ld, int64_t count, int64_t d, float factor, float* lanes) {
+    if (count < W) std::fill(lanes, lanes + d * W, 0.0f);
+    for (int64_t l = 0; l < count; ++l)
+        for (int64_t j = 0; j < d; ++j) lanes[j * W + l] = factor * rows[l * ld + j];
+}
+
+}  // namespace
+
 }  // namespace fastcontrast

@@ -8,50 +8,33 @@
 namespace fastcontrast {
 namespace {
 
-// A problem is one position of one head: at most some dozens of frames. Its rows lie far apart, often by a multiple of
-// the cache's own period, so that they would push each other out: a block of neighbouring positions and heads is
-// brought to a stage of this many bytes first, in the order of memory.
-constexpr int64_t kStage = 384 << 10;
-
-// What a block of a clip covers: positions [t, t + ts), groups of heads [g, g + gs).
-struct Block {
-    int64_t b, t, ts, g, gs;
+// A problem is one position of one group of heads: some dozens of rows at most, that lie far apart, often by a multiple
+// of the caches' own period. Each is brought to a place of its own once, so that they do not push each other out.
+struct Problem {
+    int64_t b, t, g;
 };
 
-struct Stage {
-    int64_t frame = 0, token = 0;  // strides; heads are D apart
-    float* data = nullptr;
-
-    float* at(int64_t i, int64_t t, int64_t head, int64_t d) const { return data + i * frame + t * token + head * d; }
-};
-
-// Frames of a clip that are valid, and log counts between them, [block of lanes, key, lane].
+// Frames of a clip that are valid, and the log counts between them: [block of lanes, key, lane].
 struct Table {
-    int64_t clip = -1, lanes = 8;
+    int64_t clip = -1;
     std::vector<int32_t> frames;
     std::vector<float> bias;
     bool plain = true;  // every count is 1
 };
 
-struct Worker {
-    Table table;
-    std::vector<float> memory;
-    std::vector<float> extra_grads;  // of k and v: [B, rows of extra keys, groups, D] twice
-};
-
 int64_t extra_rows(const FrameAttention& c, int64_t frames) { return c.shared ? c.e : c.e * frames; }
 
+int64_t own_frames(const FrameAttention& c, int64_t b) { return c.starts ? c.starts[b + 1] - c.starts[b] : c.f; }
+
 void tabulate(const FrameAttention& c, int64_t b, Table& table) {
-    if (table.clip == b) return;
     table.clip = b;
     table.frames.clear();
-    const int64_t own = c.starts ? c.starts[b + 1] - c.starts[b] : c.f;
-    for (int64_t f = 0; f < own; ++f)
+    for (int64_t f = 0; f < own_frames(c, b); ++f)
         if (c.is_valid(b, f)) table.frames.push_back(f);
     const int64_t n = table.frames.size(), rows = n + extra_rows(c, n);
-    with_lanes(n, [&](auto lanes) { table.lanes = decltype(lanes)::value; });
-    const int64_t width = table.lanes, parts = (n + width - 1) / width;
-    table.bias.assign(parts * rows * width, 0.0f);
+    int64_t width = 0;
+    with_lanes(n, [&](auto lanes) { width = decltype(lanes)::value; });
+    table.bias.assign((n + width - 1) / width * rows * width, 0.0f);
     table.plain = c.shared || !c.e;
     for (int64_t l = 0; l < n; ++l) {
         float* bias = table.bias.data() + l / width * rows * width + l % width;
@@ -65,269 +48,171 @@ void tabulate(const FrameAttention& c, int64_t b, Table& table) {
     }
 }
 
-// One frame of a block: [ts, heads, D] at `stage`. Copied in as long pieces as the layout has.
-template <typename Copy>
-FC_INLINE void pieces(const FrameAttention& c, const View& x, int64_t ts, int64_t heads, Copy copy) {
-    const int64_t d = c.d, line = heads * d;
-    if (x.head != d && heads > 1) {
-        for (int64_t t = 0; t < ts; ++t) copy(t * x.token, t * line, x.head, heads, d);
-    } else if (x.token == line) {
-        copy(0, 0, 0, 1, ts * line);
-    } else {
-        copy(0, 0, x.token, ts, line);
+// What a thread works in, for up to `frames` frames and `rows` keys.
+struct Worker {
+    Table table;
+    int64_t ld;  // D rounded up to whole vectors
+    Scratch memory;
+    float *q, *dout, *k, *v, *sums, *dk, *dv;  // [frames or rows, ld]
+    float *lanes, *dout_lanes;                 // [D, kMostLanes]
+    float *p, *ds;                             // [rows, kMostLanes]
+    float *high, *sum, *factor;                // [kMostLanes]
+    std::vector<float> extra;                  // gradients of extra k and v: [B, rows, groups, D] twice
+
+    static int64_t size(const FrameAttention& c, bool backward) {
+        const int64_t ld = (c.d + kWide - 1) / kWide * kWide, rows = c.f + extra_rows(c, c.f);
+        const int64_t times = backward ? 2 : 1;
+        return ld * (times * (c.f + 2 * rows) + kMostLanes + times * kMostLanes) + times * rows * kMostLanes +
+               3 * kMostLanes;
     }
+
+    Worker(const FrameAttention& c, bool backward) : ld((c.d + kWide - 1) / kWide * kWide), memory(size(c, backward)) {
+        const int64_t rows = c.f + extra_rows(c, c.f);
+        float* next = memory.data();
+        auto take = [&next](int64_t count) {
+            float* begin = next;
+            next += count;
+            return begin;
+        };
+        q = take(c.f * ld), k = take(rows * ld), v = take(rows * ld);
+        sums = take(kMostLanes * ld), lanes = take(kMostLanes * ld), p = take(rows * kMostLanes);
+        high = take(kMostLanes), sum = take(kMostLanes), factor = take(kMostLanes);
+        dout = dk = dv = dout_lanes = ds = nullptr;
+        if (!backward) return;
+        dout = take(c.f * ld), dk = take(rows * ld), dv = take(rows * ld);
+        dout_lanes = take(kMostLanes * ld), ds = take(rows * kMostLanes);
+        extra.assign(2 * c.b * extra_rows(c, c.f) * c.groups * c.d, 0.0f);
+    }
+};
+
+// The rows of one head in all valid frames, at one position.
+void bring(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t head, float* to) {
+    const std::vector<int32_t>& frames = w.table.frames;
+    const int64_t n = frames.size();
+    if (n && frames[n - 1] - frames[0] == n - 1)  // without a hole: at equal distances
+        return read_rows(c.kind, c.at(x, at.b, frames[0], at.t, head), x.frame, n, c.d, to, w.ld);
+    for (int64_t i = 0; i < n; ++i)
+        read_rows(c.kind, c.at(x, at.b, frames[i], at.t, head), 0, 1, c.d, to + i * w.ld, w.ld);
 }
 
-FC_INLINE void bring(const FrameAttention& c, const View& x, const Table& table, const Block& at, int64_t head,
-                     int64_t heads, const Stage& stage) {
-    for (size_t i = 0; i < table.frames.size(); ++i) {
-        const char* from = c.at(x, at.b, table.frames[i], at.t, head);
-        pieces(c, x, at.ts, heads,
-               [&](int64_t place, int64_t to, int64_t stride, int64_t count, int64_t width) FC_INLINE_LAMBDA {
-                   read_rows(c.kind, from + place * c.size(), stride, count, width, stage.data + i * stage.frame + to,
-                             width);
-               });
-    }
+void bring_extra(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, float* to) {
+    const int64_t n = w.table.frames.size();
+    for (int64_t i = 0; i < extra_rows(c, n); ++i)
+        read_rows(c.kind, c.extra_at(x, at.b, c.shared ? 0 : w.table.frames[i / c.e], i % c.e, at.g), 0, 1, c.d,
+                  to + i * w.ld, w.ld);
+}
+
+void bring_keys(const FrameAttention& c, const Worker& w, const Problem& at) {
+    const int64_t n = w.table.frames.size();
+    bring(c, c.k, w, at, at.g, w.k), bring(c, c.v, w, at, at.g, w.v);
+    if (c.e) bring_extra(c, c.extra_k, w, at, w.k + n * w.ld), bring_extra(c, c.extra_v, w, at, w.v + n * w.ld);
 }
 
 // Frames that are padding get zeros.
-FC_INLINE void take(const FrameAttention& c, const View& x, const Table& table, const Block& at, int64_t head,
-                    int64_t heads, const Stage& stage) {
-    size_t i = 0;
-    const int64_t own = c.starts ? c.starts[at.b + 1] - c.starts[at.b] : c.f;
-    for (int64_t f = 0; f < own; ++f) {
-        const bool valid = i < table.frames.size() && table.frames[i] == f;
-        char* to = c.at(x, at.b, f, at.t, head);
-        pieces(c, x, at.ts, heads,
-               [&](int64_t place, int64_t from, int64_t stride, int64_t count, int64_t width) FC_INLINE_LAMBDA {
-                   if (valid)
-                       write_rows(c.kind, to + place * c.size(), stride, count, width,
-                                  stage.data + i * stage.frame + from, width, 1.0f);
-                   else
-                       zero_rows(c.size(), to + place * c.size(), stride, count, width);
-               });
-        i += valid;
-    }
+void clear_padding(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t head) {
+    if (static_cast<int64_t>(w.table.frames.size()) == own_frames(c, at.b)) return;
+    for (int64_t f = 0; f < own_frames(c, at.b); ++f)
+        if (!c.is_valid(at.b, f)) zero_rows(c.size(), c.at(x, at.b, f, at.t, head), 0, 1, c.d);
 }
 
-// While a problem is computed, its rows of the next block of positions are fetched.
-FC_INLINE void fetch(const FrameAttention& c, const View& x, const Table& table, const Block& at, int64_t t,
-                     int64_t head) {
-    if (at.t + at.ts + t >= c.t) return;
-    for (const int32_t f : table.frames) {
-        const char* row = c.at(x, at.b, f, at.t + at.ts + t, head);
-        for (int64_t j = 0; j < c.d * c.size(); j += 64) __builtin_prefetch(row + j, 0, 2);
-    }
-}
-
-// The softmax of a problem's queries in lanes: p [rows, W] = exp(score − high) of frames and extra keys, sum apart.
+// p [rows, W] = exp(score − high) of queries l … in lanes, and their high and sum.
 template <int W>
-FC_INLINE void softmax(const FrameAttention& c, const Table& table, int64_t part, const float* keys, int64_t key_stride,
-                       const float* extra, int64_t extra_stride, const float* lanes, float* p, float* high,
-                       float* sum) {
-    const int64_t n = table.frames.size(), x = extra_rows(c, n);
-    dots<W>(keys, key_stride, n, lanes, c.d, p);
-    if (x) dots<W>(extra, extra_stride, x, lanes, c.d, p + n * W);
-    if (!table.plain) {
-        const float* bias = table.bias.data() + part * (n + x) * W;
+FC_INLINE void softmax(const FrameAttention& c, const Worker& w, int64_t l, int64_t rows) {
+    score<W>(w.k, w.ld, rows, w.lanes, c.d, w.p);
+    if (!w.table.plain) {
+        const float* bias = w.table.bias.data() + l * rows;
+        float* p = w.p;
 #pragma omp simd
-        for (int64_t i = 0; i < (n + x) * W; ++i) p[i] += bias[i];
+        for (int64_t i = 0; i < rows * W; ++i) p[i] += bias[i];
     }
-    float factor[W];
-    for (int l = 0; l < W; ++l) high[l] = -INFINITY, sum[l] = 0.0f;
-    exponentials<W>(p, n + x, high, sum, factor);
+    std::fill(w.high, w.high + W, -INFINITY), std::fill(w.sum, w.sum + W, 0.0f);
+    soften<W>(w.p, rows, w.high, w.sum, w.factor);
 }
 
-struct Plan {
-    int64_t ts, gs, t_blocks, g_blocks;
-
-    // `tensors` of q's size, and as many of k's, are on the stage together.
-    Plan(const FrameAttention& c, int64_t tensors, int threads) {
-        const int64_t group = (c.heads() + 1) * tensors * std::max<int64_t>(c.f, 1) * c.d * sizeof(float);
-        gs = std::clamp<int64_t>(2 * kStage / std::max<int64_t>(group, 1), 1, c.groups);
-        ts = std::clamp<int64_t>(kStage / std::max<int64_t>(group * gs, 1), 1, std::max<int64_t>(c.t, 1));
-        const int64_t fair = (c.b * c.t + 2 * threads - 1) / (2 * threads);  // positions, so that each thread has some
-        ts = std::min(ts, std::max<int64_t>(fair, 1));
-        t_blocks = (c.t + ts - 1) / ts, g_blocks = (c.groups + gs - 1) / gs;
+template <int W>
+void forward(const FrameAttention& c, const View& out, float* lse, const Worker& w, const Problem& at, int64_t h) {
+    const std::vector<int32_t>& frames = w.table.frames;
+    const int64_t n = frames.size(), rows = n + extra_rows(c, n);
+    for (int64_t l = 0; l < n; l += W) {
+        const int64_t count = std::min<int64_t>(W, n - l);
+        to_lanes<W>(w.q + l * w.ld, w.ld, count, c.d, c.scale, w.lanes);
+        softmax<W>(c, w, l, rows);
+        std::fill(w.sums, w.sums + count * w.ld, 0.0f);
+        mix({w.p, 1, W}, w.v, w.ld, rows, nullptr, w.sums, w.ld, count, c.d);
+        for (int64_t i = 0; i < count; ++i) {
+            const float sum = w.sum[i];
+            write_rows(c.kind, c.at(out, at.b, frames[l + i], at.t, h), 0, 1, c.d, w.sums + i * w.ld, 0,
+                       sum == 0.0f ? 0.0f : 1.0f / sum);
+            if (lse)
+                lse[(c.row(at.b, frames[l + i]) * c.h + h) * c.t + at.t] =
+                    sum == 0.0f ? -INFINITY : w.high[i] + std::log(sum);
+        }
     }
-    int64_t tasks(const FrameAttention& c) const { return c.b * g_blocks * t_blocks; }
-    Block block(const FrameAttention& c, int64_t i) const {
-        const int64_t t = i % t_blocks * ts, g = i / t_blocks % g_blocks * gs;
-        return {i / t_blocks / g_blocks, t, std::min(ts, c.t - t), g, std::min(gs, c.groups - g)};
-    }
-};
-
-// Memory of a thread, grown when a block needs more.
-struct Arena {
-    std::vector<float>& memory;
-    int64_t used = 0;
-
-    static int64_t whole(int64_t count) { return (count + kWide - 1) / kWide * kWide; }
-    float* take(int64_t count) {
-        float* begin = memory.data() + used;
-        used += whole(count);
-        return begin;
-    }
-    Stage stage(const Block& at, int64_t n, int64_t heads, int64_t d) {
-        Stage s{whole(at.ts * heads * d) + kWide, heads * d, nullptr};
-        s.data = take(n * s.frame);
-        return s;
-    }
-};
-
-int64_t stage_size(const Block& at, int64_t n, int64_t heads, int64_t d) {
-    return n * (Arena::whole(at.ts * heads * d) + kWide);
 }
 
-void bring_extra(const FrameAttention& c, const View& x, const Table& table, const Block& at, float* to) {
-    const int64_t n = table.frames.size(), rows = extra_rows(c, n);
+// From p and ds [rows, W] as the products left them: p = P, ds = scale · P · (⟨dout, v⟩ − δ), δ = Σ P · ⟨dout, v⟩ −
+// dlse.
+template <int W>
+FC_VECTOR_CLONES void gradients(const float* __restrict sum, const float* __restrict dlse, float scale, int64_t rows,
+                                float* __restrict p, float* __restrict ds) {
+    float inverse[W], delta[W];
+#pragma omp simd
+    for (int j = 0; j < W; ++j) inverse[j] = sum[j] == 0.0f ? 0.0f : 1.0f / sum[j], delta[j] = -dlse[j];
     for (int64_t i = 0; i < rows; ++i)
-        for (int64_t g = 0; g < at.gs; ++g)
-            read_rows(c.kind, c.extra_at(x, at.b, c.shared ? 0 : table.frames[i / c.e], i % c.e, at.g + g), 0, 1, c.d,
-                      to + (i * at.gs + g) * c.d, 0);
-}
-
-FC_VECTOR_CLONES void forward(const FrameAttention& c, const View& out, float* lse, const Block& at, Worker& worker) {
-    tabulate(c, at.b, worker.table);
-    const Table& table = worker.table;
-    const int64_t n = table.frames.size(), x = extra_rows(c, n), heads = c.heads(), d = c.d, head = at.g * heads;
-    const int64_t size = stage_size(at, n, at.gs * heads, d) + 2 * stage_size(at, n, at.gs, d) +
-                         2 * Arena::whole(x * at.gs * d) + (2 * d + n + x + 2) * kMostLanes;
-    if (static_cast<int64_t>(worker.memory.size()) < size + kWide) worker.memory.resize(size + kWide);
-    Arena arena{worker.memory};
-    const Stage q = arena.stage(at, n, at.gs * heads, d), k = arena.stage(at, n, at.gs, d);
-    const Stage v = arena.stage(at, n, at.gs, d);
-    float *extra_k = arena.take(x * at.gs * d), *extra_v = arena.take(x * at.gs * d);
-    float *lanes = arena.take(d * kMostLanes), *sums = arena.take(d * kMostLanes);
-    float *p = arena.take((n + x) * kMostLanes), *high = arena.take(kMostLanes), *sum = arena.take(kMostLanes);
-    bring(c, c.q, table, at, head, at.gs * heads, q);
-    bring(c, c.k, table, at, at.g, at.gs, k);
-    bring(c, c.v, table, at, at.g, at.gs, v);
-    if (x) bring_extra(c, c.extra_k, table, at, extra_k), bring_extra(c, c.extra_v, table, at, extra_v);
-    for (int64_t t = 0; t < at.ts; ++t)
-        for (int64_t h = 0; h < at.gs * heads; ++h) {
-            const int64_t g = h / heads;
-            fetch(c, c.q, table, at, t, head + h);
-            if (h % heads == 0) fetch(c, c.k, table, at, t, at.g + g), fetch(c, c.v, table, at, t, at.g + g);
-            with_lanes(n, [&](auto width) FC_INLINE_LAMBDA {
-                constexpr int W = decltype(width)::value;
-                for (int64_t l = 0; l < n; l += W) {
-                    const int64_t count = std::min<int64_t>(W, n - l);
-                    float* rows = q.at(l, t, h, d);
-                    to_lanes<W>(rows, q.frame, count, d, c.scale, lanes);
-                    softmax<W>(c, table, l / W, k.at(0, t, g, d), k.frame, extra_k + g * d, at.gs * d, lanes, p, high,
-                               sum);
-                    std::fill(sums, sums + count * d, 0.0f);
-                    add_rows({p, 1, W}, v.at(0, t, g, d), v.frame, n, nullptr, sums, d, count, d);
-                    if (x) add_rows({p + n * W, 1, W}, extra_v + g * d, at.gs * d, x, nullptr, sums, d, count, d);
-                    for (int64_t i = 0; i < count; ++i) {  // in the place of the queries, which are in lanes by now
-                        const float factor = sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
 #pragma omp simd
-                        for (int64_t j = 0; j < d; ++j) rows[i * q.frame + j] = factor * sums[i * d + j];
-                    }
-                    if (lse)
-                        for (int64_t i = 0; i < count; ++i)
-                            lse[(c.row(at.b, table.frames[l + i]) * c.h + head + h) * c.t + at.t + t] =
-                                sum[i] == 0.0f ? -INFINITY : high[i] + std::log(sum[i]);
-                }
-            });
+        for (int j = 0; j < W; ++j) {
+            p[i * W + j] *= inverse[j];
+            delta[j] += p[i * W + j] * ds[i * W + j];
         }
-    take(c, out, table, at, head, at.gs * heads, q);
-    if (lse && !c.starts && n < c.f)
-        for (int64_t f = 0; f < c.f; ++f)
-            if (!c.is_valid(at.b, f))
-                for (int64_t h = head; h < head + at.gs * heads; ++h)
-                    std::fill_n(lse + (c.row(at.b, f) * c.h + h) * c.t + at.t, at.ts, -INFINITY);
+    for (int64_t i = 0; i < rows; ++i)
+#pragma omp simd
+        for (int j = 0; j < W; ++j) ds[i * W + j] = scale * p[i * W + j] * (ds[i * W + j] - delta[j]);
 }
 
-FC_VECTOR_CLONES void backward(const FrameAttention& c, const View& dout, const FrameGradients& to, const float* dlse,
-                               const Block& at, Worker& worker) {
-    tabulate(c, at.b, worker.table);
-    const Table& table = worker.table;
-    const int64_t n = table.frames.size(), x = extra_rows(c, n), heads = c.heads(), d = c.d, head = at.g * heads;
-    const int64_t size = 2 * stage_size(at, n, at.gs * heads, d) + 4 * stage_size(at, n, at.gs, d) +
-                         2 * Arena::whole(x * at.gs * d) + (3 * d + 2 * (n + x) + 2) * kMostLanes;
-    if (static_cast<int64_t>(worker.memory.size()) < size + kWide) worker.memory.resize(size + kWide);
-    Arena arena{worker.memory};
-    const Stage q = arena.stage(at, n, at.gs * heads, d), o = arena.stage(at, n, at.gs * heads, d);
-    const Stage k = arena.stage(at, n, at.gs, d), v = arena.stage(at, n, at.gs, d);
-    const Stage dk = arena.stage(at, n, at.gs, d), dv = arena.stage(at, n, at.gs, d);
-    float *extra_k = arena.take(x * at.gs * d), *extra_v = arena.take(x * at.gs * d);
-    float *lanes = arena.take(d * kMostLanes), *o_lanes = arena.take(d * kMostLanes);
-    float *sums = arena.take(d * kMostLanes), *high = arena.take(kMostLanes), *sum = arena.take(kMostLanes);
-    float *p = arena.take((n + x) * kMostLanes), *ds = arena.take((n + x) * kMostLanes);
-    bring(c, c.q, table, at, head, at.gs * heads, q);
-    bring(c, dout, table, at, head, at.gs * heads, o);
-    bring(c, c.k, table, at, at.g, at.gs, k);
-    bring(c, c.v, table, at, at.g, at.gs, v);
-    if (x) bring_extra(c, c.extra_k, table, at, extra_k), bring_extra(c, c.extra_v, table, at, extra_v);
-    std::fill(dk.data, dk.data + n * dk.frame, 0.0f);
-    std::fill(dv.data, dv.data + n * dv.frame, 0.0f);
-    for (int64_t t = 0; t < at.ts; ++t)
-        for (int64_t h = 0; h < at.gs * heads; ++h) {
-            const int64_t g = h / heads;
-            fetch(c, c.q, table, at, t, head + h), fetch(c, dout, table, at, t, head + h);
-            if (h % heads == 0) fetch(c, c.k, table, at, t, at.g + g), fetch(c, c.v, table, at, t, at.g + g);
-            with_lanes(n, [&](auto width) FC_INLINE_LAMBDA {
-                constexpr int W = decltype(width)::value;
-                for (int64_t l = 0; l < n; l += W) {
-                    const int64_t count = std::min<int64_t>(W, n - l);
-                    float *q_rows = q.at(l, t, h, d), *o_rows = o.at(l, t, h, d);
-                    const float *keys = k.at(0, t, g, d), *values = v.at(0, t, g, d);
-                    to_lanes<W>(q_rows, q.frame, count, d, c.scale, lanes);
-                    to_lanes<W>(o_rows, o.frame, count, d, 1.0f, o_lanes);
-                    softmax<W>(c, table, l / W, keys, k.frame, extra_k + g * d, at.gs * d, lanes, p, high, sum);
-                    dots<W>(values, v.frame, n, o_lanes, d, ds);
-                    if (x) dots<W>(extra_v + g * d, at.gs * d, x, o_lanes, d, ds + n * W);
-                    float inverse[W], delta[W] = {};
-                    for (int i = 0; i < W; ++i) inverse[i] = i >= count || sum[i] == 0.0f ? 0.0f : 1.0f / sum[i];
-                    for (int64_t i = 0; i < n + x; ++i)
-#pragma omp simd
-                        for (int j = 0; j < W; ++j) {
-                            p[i * W + j] *= inverse[j];
-                            delta[j] += p[i * W + j] * ds[i * W + j];
-                        }
-                    if (dlse)
-                        for (int64_t i = 0; i < count; ++i)
-                            delta[i] -= dlse[(c.row(at.b, table.frames[l + i]) * c.h + head + h) * c.t + at.t + t];
-                    for (int64_t i = 0; i < n + x; ++i)
-#pragma omp simd
-                        for (int j = 0; j < W; ++j) ds[i * W + j] = c.scale * p[i * W + j] * (ds[i * W + j] - delta[j]);
-                    std::fill(sums, sums + count * d, 0.0f);
-                    add_rows({ds, 1, W}, keys, k.frame, n, nullptr, sums, d, count, d);
-                    add_rows({ds, W, 1}, q_rows, q.frame, count, nullptr, dk.at(0, t, g, d), dk.frame, n, d);
-                    add_rows({p, W, 1}, o_rows, o.frame, count, nullptr, dv.at(0, t, g, d), dv.frame, n, d);
-                    if (x) {
-                        // Gradients of the clip's own keys add up over its positions: in each thread, and then all.
-                        const int64_t rows = extra_rows(c, c.f), plane = c.b * rows * c.groups * d;
-                        add_rows({ds + n * W, 1, W}, extra_k + g * d, at.gs * d, x, nullptr, sums, d, count, d);
-                        for (int64_t i = 0; i < x; ++i) {
-                            const int64_t row = c.shared ? i : table.frames[i / c.e] * c.e + i % c.e;
-                            float* grad = worker.extra_grads.data() + ((at.b * rows + row) * c.groups + at.g + g) * d;
-                            add_rows({ds + (n + i) * W, W, 1}, q_rows, q.frame, count, nullptr, grad, d, 1, d);
-                            add_rows({p + (n + i) * W, W, 1}, o_rows, o.frame, count, nullptr, grad + plane, d, 1, d);
-                        }
-                    }
-                    for (int64_t i = 0; i < count; ++i)
-                        std::copy(sums + i * d, sums + (i + 1) * d, q_rows + i * q.frame);
-                }
-            });
-        }
-    take(c, to.q, table, at, head, at.gs * heads, q);
-    take(c, to.k, table, at, at.g, at.gs, dk);
-    take(c, to.v, table, at, at.g, at.gs, dv);
+// One head; to w.dk and w.dv its share of the group's gradients is added.
+template <int W>
+void backward(const FrameAttention& c, const View& dq, const float* dlse, const Worker& w, const Problem& at,
+              int64_t h) {
+    const std::vector<int32_t>& frames = w.table.frames;
+    const int64_t n = frames.size(), rows = n + extra_rows(c, n), ld = w.ld;
+    for (int64_t l = 0; l < n; l += W) {
+        const int64_t count = std::min<int64_t>(W, n - l);
+        to_lanes<W>(w.q + l * ld, ld, count, c.d, c.scale, w.lanes);
+        to_lanes<W>(w.dout + l * ld, ld, count, c.d, 1.0f, w.dout_lanes);
+        softmax<W>(c, w, l, rows);
+        score<W>(w.v, ld, rows, w.dout_lanes, c.d, w.ds);
+        std::fill(w.factor, w.factor + W, 0.0f);
+        for (int64_t i = 0; dlse && i < count; ++i)
+            w.factor[i] = dlse[(c.row(at.b, frames[l + i]) * c.h + h) * c.t + at.t];
+        gradients<W>(w.sum, w.factor, c.scale, rows, w.p, w.ds);
+        std::fill(w.sums, w.sums + count * ld, 0.0f);
+        mix({w.ds, 1, W}, w.k, ld, rows, nullptr, w.sums, ld, count, c.d);
+        mix({w.ds, W, 1}, w.q + l * ld, ld, count, nullptr, w.dk, ld, rows, c.d);
+        mix({w.p, W, 1}, w.dout + l * ld, ld, count, nullptr, w.dv, ld, rows, c.d);
+        for (int64_t i = 0; i < count; ++i)
+            write_rows(c.kind, c.at(dq, at.b, frames[l + i], at.t, h), 0, 1, c.d, w.sums + i * ld, 0, 1.0f);
+    }
 }
 
-// The gradients of the extra keys: those of all threads, in their order.
-void write_extra(const FrameAttention& c, const FrameGradients& to, std::vector<Worker>& workers) {
+// Gradients of the extra keys add up over positions: in each thread, and then over the threads.
+void add_extra(const FrameAttention& c, Worker& w, const Problem& at) {
+    const int64_t n = w.table.frames.size(), all = extra_rows(c, c.f), plane = c.b * all * c.groups * c.d;
+    for (int64_t i = 0; i < extra_rows(c, n); ++i) {
+        const int64_t row = c.shared ? i : w.table.frames[i / c.e] * c.e + i % c.e;
+        float* to = w.extra.data() + ((at.b * all + row) * c.groups + at.g) * c.d;
+        for (int64_t j = 0; j < c.d; ++j) to[j] += w.dk[(n + i) * w.ld + j], to[plane + j] += w.dv[(n + i) * w.ld + j];
+    }
+}
+
+void write_extra(const FrameAttention& c, const FrameGradients& to, const std::vector<std::vector<float>>& parts) {
     const int64_t rows = extra_rows(c, c.f), plane = c.b * rows * c.groups * c.d;
-    std::vector<float>& total = workers.front().extra_grads;
-    for (size_t i = 1; i < workers.size(); ++i)
-        for (int64_t j = 0; j < 2 * plane; ++j) total[j] += workers[i].extra_grads[j];
+    std::vector<float> total(2 * plane, 0.0f);
+    for (const std::vector<float>& part : parts)
+        for (size_t j = 0; j < part.size(); ++j) total[j] += part[j];
     for (int64_t b = 0; b < c.b; ++b)
         for (int64_t row = 0; row < rows; ++row) {
             const int64_t f = c.shared ? 0 : row / c.e;
-            if (!c.shared && c.starts && c.starts[b] + f >= c.starts[b + 1]) continue;
+            if (!c.shared && f >= own_frames(c, b)) continue;
             for (int64_t g = 0; g < c.groups; ++g) {
                 const float* grad = total.data() + ((b * rows + row) * c.groups + g) * c.d;
                 write_rows(c.kind, c.extra_at(to.extra_k, b, f, row % c.e, g), 0, 1, c.d, grad, 0, 1.0f);
@@ -336,29 +221,71 @@ void write_extra(const FrameAttention& c, const FrameGradients& to, std::vector<
         }
 }
 
+// Problems in the order of memory: neighbouring heads of a position, or neighbouring positions of a head.
+Problem problem(const FrameAttention& c, int64_t i) {
+    if (c.k.head > c.k.token) return {i / c.t / c.groups, i % c.t, i / c.t % c.groups};
+    return {i / c.groups / c.t, i / c.groups % c.t, i % c.groups};
+}
+
+// Calls fn(worker, problem) for all problems, in shares of as many threads as `count`.
+template <typename Function>
+void solve(const FrameAttention& c, int count, bool backward, Function fn,
+           std::vector<std::vector<float>>* extra = nullptr) {
+    in_shares(c.b * c.t * c.groups, count, [&](int64_t begin, int64_t end, int thread) {
+        if (begin == end) return;
+        Worker w(c, backward);
+        for (int64_t i = begin; i < end; ++i) {
+            const Problem at = problem(c, i);
+            if (w.table.clip != at.b) tabulate(c, at.b, w.table);
+            fn(w, at);
+        }
+        if (extra) (*extra)[thread] = std::move(w.extra);
+    });
+}
+
 }  // namespace
 
 void temporal_attention(const FrameAttention& c, const View& out, float* lse, int threads) {
     const int count = team(threads, c.b * c.t * c.h * c.f * c.d);
-    const Plan plan(c, 1, count);
-    const int64_t tasks = c.d ? plan.tasks(c) : 0;
-    in_shares(tasks, count, [&](int64_t begin, int64_t end, int) {
-        Worker own;
-        for (int64_t i = begin; i < end; ++i) forward(c, out, lse, plan.block(c, i), own);
+    solve(c, count, false, [&](Worker& w, const Problem& at) {
+        bring_keys(c, w, at);
+        for (int64_t h = at.g * c.heads(); h < (at.g + 1) * c.heads(); ++h) {
+            bring(c, c.q, w, at, h, w.q);
+            with_lanes(w.table.frames.size(),
+                       [&](auto lanes) { forward<decltype(lanes)::value>(c, out, lse, w, at, h); });
+            clear_padding(c, out, w, at, h);
+            if (lse && !c.starts)
+                for (int64_t f = 0; f < c.f; ++f)
+                    if (!c.is_valid(at.b, f)) lse[(c.row(at.b, f) * c.h + h) * c.t + at.t] = -INFINITY;
+        }
     });
 }
 
 void temporal_attention_backward(const FrameAttention& c, const View&, const View& dout, const FrameGradients& to,
                                  const float*, const float* dlse, int threads) {
     const int count = team(threads, c.b * c.t * c.h * c.f * c.d);
-    const Plan plan(c, 2, count);
-    const int64_t tasks = c.d ? plan.tasks(c) : 0;
-    std::vector<Worker> workers(count);
-    for (Worker& own : workers) own.extra_grads.assign(2 * c.b * extra_rows(c, c.f) * c.groups * c.d, 0.0f);
-    in_shares(tasks, count, [&](int64_t begin, int64_t end, int t) {
-        for (int64_t i = begin; i < end; ++i) backward(c, dout, to, dlse, plan.block(c, i), workers[t]);
-    });
-    if (c.e) write_extra(c, to, workers);
+    std::vector<std::vector<float>> extra(count);
+    solve(
+        c, count, true,
+        [&](Worker& w, const Problem& at) {
+            const int64_t n = w.table.frames.size(), rows = n + extra_rows(c, n);
+            bring_keys(c, w, at);
+            std::fill(w.dk, w.dk + rows * w.ld, 0.0f), std::fill(w.dv, w.dv + rows * w.ld, 0.0f);
+            for (int64_t h = at.g * c.heads(); h < (at.g + 1) * c.heads(); ++h) {
+                bring(c, c.q, w, at, h, w.q), bring(c, dout, w, at, h, w.dout);
+                with_lanes(n, [&](auto lanes) { backward<decltype(lanes)::value>(c, to.q, dlse, w, at, h); });
+                clear_padding(c, to.q, w, at, h);
+            }
+            for (int64_t i = 0; i < n; ++i) {
+                const int64_t f = w.table.frames[i];
+                write_rows(c.kind, c.at(to.k, at.b, f, at.t, at.g), 0, 1, c.d, w.dk + i * w.ld, 0, 1.0f);
+                write_rows(c.kind, c.at(to.v, at.b, f, at.t, at.g), 0, 1, c.d, w.dv + i * w.ld, 0, 1.0f);
+            }
+            clear_padding(c, to.k, w, at, at.g), clear_padding(c, to.v, w, at, at.g);
+            if (c.e) add_extra(c, w, at);
+        },
+        &extra);
+    if (c.e) write_extra(c, to, extra);
 }
 
 }  // namespace fastcontrast
