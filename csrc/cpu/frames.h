@@ -57,8 +57,8 @@ struct FrameGradients {
 namespace {
 
 // out [count, ld] = rows of D elements, `stride` elements apart, in float32.
-FC_VECTOR_CLONES void read_rows(Kind kind, const char* rows, int64_t stride, int64_t count, int64_t d, float* out,
-                                int64_t ld) {
+[[maybe_unused]] FC_VECTOR_CLONES void read_rows(Kind kind, const char* rows, int64_t stride, int64_t count, int64_t d,
+                                                 float* out, int64_t ld) {
     with_kind(kind, rows, [&](auto* x) FC_INLINE_LAMBDA {
         for (int64_t i = 0; i < count; ++i)
 #pragma omp simd
@@ -67,8 +67,8 @@ FC_VECTOR_CLONES void read_rows(Kind kind, const char* rows, int64_t stride, int
 }
 
 // rows, `stride` elements apart, = factor · x [count, ld], rounded to their type.
-FC_VECTOR_CLONES void write_rows(Kind kind, char* rows, int64_t stride, int64_t count, int64_t d, const float* x,
-                                 int64_t ld, float factor) {
+[[maybe_unused]] FC_VECTOR_CLONES void write_rows(Kind kind, char* rows, int64_t stride, int64_t count, int64_t d,
+                                                  const float* x, int64_t ld, float factor) {
     with_kind(kind, rows, [&](auto* typed) FC_INLINE_LAMBDA {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
         T* out = const_cast<T*>(typed);
@@ -78,7 +78,7 @@ FC_VECTOR_CLONES void write_rows(Kind kind, char* rows, int64_t stride, int64_t 
     });
 }
 
-void zero_rows(int64_t size, char* rows, int64_t stride, int64_t count, int64_t d) {
+[[maybe_unused]] void zero_rows(int64_t size, char* rows, int64_t stride, int64_t count, int64_t d) {
     for (int64_t i = 0; i < count; ++i) std::memset(rows + i * stride * size, 0, d * size);
 }
 

@@ -156,16 +156,34 @@ FC_VECTOR_CLONES void soften(float* scores, int64_t count, float* high, float* s
     exponentials<W>(scores, count, high, sum, factor);
 }
 
-FC_VECTOR_CLONES void mix(Weights w, const float* x, int64_t stride, int64_t count, const float* factor, float* out,
-                          int64_t out_stride, int64_t rows, int64_t d) {
+[[maybe_unused]] FC_VECTOR_CLONES void mix(Weights w, const float* x, int64_t stride, int64_t count,
+                                           const float* factor, float* out, int64_t out_stride, int64_t rows,
+                                           int64_t d) {
     add_rows(w, x, stride, count, factor, out, out_stride, rows, d);
 }
 
-// lanes [D, W] = factor · rows [count, ld] the other way round; lanes that are left are 0.
+// lanes [D, W] = factor · rows [count, ld] the other way round; lanes that are left are 0. Four rows at a time: so the
+// compiler shuffles vectors, four times as fast as number by number.
 template <int W>
-FC_VECTOR_CLONES void to_lanes(const float* rows, int64_t ld, int64_t count, int64_t d, float factor, float* lanes) {
+FC_VECTOR_CLONES void to_lanes(const float* __restrict rows, int64_t ld, int64_t count, int64_t d, float factor,
+                               float* __restrict lanes) {
     if (count < W) std::fill(lanes, lanes + d * W, 0.0f);
-    for (int64_t l = 0; l < count; ++l)
+    int64_t l = 0;
+    for (; l + 4 <= count; l += 4) {
+        const float* row = rows + l * ld;
+        int64_t j = 0;
+        for (; j + kWide <= d; j += kWide) {
+            float fours[4 * kWide];
+#pragma omp simd
+            for (int i = 0; i < kWide; ++i)
+                for (int r = 0; r < 4; ++r) fours[4 * i + r] = factor * row[r * ld + j + i];
+#pragma GCC unroll 16
+            for (int i = 0; i < kWide; ++i) std::memcpy(lanes + (j + i) * W + l, fours + 4 * i, 4 * sizeof(float));
+        }
+        for (; j < d; ++j)
+            for (int r = 0; r < 4; ++r) lanes[j * W + l + r] = factor * row[r * ld + j];
+    }
+    for (; l < count; ++l)
         for (int64_t j = 0; j < d; ++j) lanes[j * W + l] = factor * rows[l * ld + j];
 }
 

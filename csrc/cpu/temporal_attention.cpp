@@ -8,10 +8,15 @@
 namespace fastcontrast {
 namespace {
 
-// A problem is one position of one group of heads: some dozens of rows at most, that lie far apart, often by a multiple
-// of the caches' own period. Each is brought to a place of its own once, so that they do not push each other out.
+// A problem is one position of one group of heads: some dozens of rows that lie far apart. Rows that are read more than
+// once are brought to a place of their own first.
 struct Problem {
     int64_t b, t, g;
+};
+
+// What is read, and what is written: `out` by the forward, the gradients by the backward.
+struct Tensors {
+    View q, k, v, dout, out, dq, dk, dv;
 };
 
 // Frames of a clip that are valid, and the log counts between them: [block of lanes, key, lane].
@@ -85,14 +90,26 @@ struct Worker {
     }
 };
 
-// The rows of one head in all valid frames, at one position.
-void bring(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t head, float* to) {
+struct Rows {
+    const float* data;
+    int64_t ld;
+};
+
+// The rows of one head in all valid frames, at one position: copied to `to`, unless they are wanted `once` and lie at
+// equal distances.
+Rows bring(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t head, float* to,
+           bool once = false) {
     const std::vector<int32_t>& frames = w.table.frames;
     const int64_t n = frames.size();
-    if (n && frames[n - 1] - frames[0] == n - 1)  // without a hole: at equal distances
-        return read_rows(c.kind, c.at(x, at.b, frames[0], at.t, head), x.frame, n, c.d, to, w.ld);
-    for (int64_t i = 0; i < n; ++i)
-        read_rows(c.kind, c.at(x, at.b, frames[i], at.t, head), 0, 1, c.d, to + i * w.ld, w.ld);
+    if (n && frames[n - 1] - frames[0] == n - 1) {  // without a hole
+        const char* rows = c.at(x, at.b, frames[0], at.t, head);
+        if (once && c.kind == Kind::f32) return {reinterpret_cast<const float*>(rows), x.frame};
+        read_rows(c.kind, rows, x.frame, n, c.d, to, w.ld);
+    } else {
+        for (int64_t i = 0; i < n; ++i)
+            read_rows(c.kind, c.at(x, at.b, frames[i], at.t, head), 0, 1, c.d, to + i * w.ld, w.ld);
+    }
+    return {to, w.ld};
 }
 
 void bring_extra(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, float* to) {
@@ -102,10 +119,13 @@ void bring_extra(const FrameAttention& c, const View& x, const Worker& w, const 
                   to + i * w.ld, w.ld);
 }
 
-void bring_keys(const FrameAttention& c, const Worker& w, const Problem& at) {
+// Values go to w.v, and keys to w.k where they are read more than once.
+Rows bring_keys(const FrameAttention& c, const Tensors& x, const Worker& w, const Problem& at, bool once) {
     const int64_t n = w.table.frames.size();
-    bring(c, c.k, w, at, at.g, w.k), bring(c, c.v, w, at, at.g, w.v);
+    const Rows keys = bring(c, x.k, w, at, at.g, w.k, once && !c.e && c.heads() == 1 && n <= kMostLanes);
+    bring(c, x.v, w, at, at.g, w.v);
     if (c.e) bring_extra(c, c.extra_k, w, at, w.k + n * w.ld), bring_extra(c, c.extra_v, w, at, w.v + n * w.ld);
+    return keys;
 }
 
 // Frames that are padding get zeros.
@@ -117,8 +137,8 @@ void clear_padding(const FrameAttention& c, const View& x, const Worker& w, cons
 
 // p [rows, W] = exp(score − high) of queries l … in lanes, and their high and sum.
 template <int W>
-FC_INLINE void softmax(const FrameAttention& c, const Worker& w, int64_t l, int64_t rows) {
-    score<W>(w.k, w.ld, rows, w.lanes, c.d, w.p);
+FC_INLINE void softmax(const FrameAttention& c, const Worker& w, Rows keys, int64_t l, int64_t rows) {
+    score<W>(keys.data, keys.ld, rows, w.lanes, c.d, w.p);
     if (!w.table.plain) {
         const float* bias = w.table.bias.data() + l * rows;
         float* p = w.p;
@@ -130,18 +150,20 @@ FC_INLINE void softmax(const FrameAttention& c, const Worker& w, int64_t l, int6
 }
 
 template <int W>
-void forward(const FrameAttention& c, const View& out, float* lse, const Worker& w, const Problem& at, int64_t h) {
+void forward(const FrameAttention& c, const Tensors& x, float* lse, const Worker& w, Rows keys, const Problem& at,
+             int64_t h) {
+    const Rows q = bring(c, x.q, w, at, h, w.q, true);
     const std::vector<int32_t>& frames = w.table.frames;
     const int64_t n = frames.size(), rows = n + extra_rows(c, n);
     for (int64_t l = 0; l < n; l += W) {
         const int64_t count = std::min<int64_t>(W, n - l);
-        to_lanes<W>(w.q + l * w.ld, w.ld, count, c.d, c.scale, w.lanes);
-        softmax<W>(c, w, l, rows);
+        to_lanes<W>(q.data + l * q.ld, q.ld, count, c.d, c.scale, w.lanes);
+        softmax<W>(c, w, keys, l, rows);
         std::fill(w.sums, w.sums + count * w.ld, 0.0f);
         mix({w.p, 1, W}, w.v, w.ld, rows, nullptr, w.sums, w.ld, count, c.d);
         for (int64_t i = 0; i < count; ++i) {
             const float sum = w.sum[i];
-            write_rows(c.kind, c.at(out, at.b, frames[l + i], at.t, h), 0, 1, c.d, w.sums + i * w.ld, 0,
+            write_rows(c.kind, c.at(x.out, at.b, frames[l + i], at.t, h), 0, 1, c.d, w.sums + i * w.ld, 0,
                        sum == 0.0f ? 0.0f : 1.0f / sum);
             if (lse)
                 lse[(c.row(at.b, frames[l + i]) * c.h + h) * c.t + at.t] =
@@ -171,7 +193,7 @@ FC_VECTOR_CLONES void gradients(const float* __restrict sum, const float* __rest
 
 // One head; to w.dk and w.dv its share of the group's gradients is added.
 template <int W>
-void backward(const FrameAttention& c, const View& dq, const float* dlse, const Worker& w, const Problem& at,
+void backward(const FrameAttention& c, const Tensors& x, const float* dlse, const Worker& w, const Problem& at,
               int64_t h) {
     const std::vector<int32_t>& frames = w.table.frames;
     const int64_t n = frames.size(), rows = n + extra_rows(c, n), ld = w.ld;
@@ -179,7 +201,7 @@ void backward(const FrameAttention& c, const View& dq, const float* dlse, const 
         const int64_t count = std::min<int64_t>(W, n - l);
         to_lanes<W>(w.q + l * ld, ld, count, c.d, c.scale, w.lanes);
         to_lanes<W>(w.dout + l * ld, ld, count, c.d, 1.0f, w.dout_lanes);
-        softmax<W>(c, w, l, rows);
+        softmax<W>(c, w, {w.k, ld}, l, rows);
         score<W>(w.v, ld, rows, w.dout_lanes, c.d, w.ds);
         std::fill(w.factor, w.factor + W, 0.0f);
         for (int64_t i = 0; dlse && i < count; ++i)
@@ -190,7 +212,7 @@ void backward(const FrameAttention& c, const View& dq, const float* dlse, const 
         mix({w.ds, W, 1}, w.q + l * ld, ld, count, nullptr, w.dk, ld, rows, c.d);
         mix({w.p, W, 1}, w.dout + l * ld, ld, count, nullptr, w.dv, ld, rows, c.d);
         for (int64_t i = 0; i < count; ++i)
-            write_rows(c.kind, c.at(dq, at.b, frames[l + i], at.t, h), 0, 1, c.d, w.sums + i * ld, 0, 1.0f);
+            write_rows(c.kind, c.at(x.dq, at.b, frames[l + i], at.t, h), 0, 1, c.d, w.sums + i * ld, 0, 1.0f);
     }
 }
 
@@ -221,23 +243,90 @@ void write_extra(const FrameAttention& c, const FrameGradients& to, const std::v
         }
 }
 
-// Problems in the order of memory: neighbouring heads of a position, or neighbouring positions of a head.
-Problem problem(const FrameAttention& c, int64_t i) {
-    if (c.k.head > c.k.token) return {i / c.t / c.groups, i % c.t, i / c.t % c.groups};
-    return {i / c.groups / c.t, i / c.groups % c.t, i % c.groups};
+// ------------------------------------------------------------------------------------------------------------ schedule
+
+// Frames at a multiple of this many bytes share the few places that caches and page tables have for them: each row then
+// costs a walk through the page tables. There a block of positions, all heads, is copied to a stage as it lies.
+constexpr int64_t kPeriod = 32 << 10, kStage = 384 << 10, kFewFrames = 4;
+
+bool is_periodic(const FrameAttention& c, const View& x) {
+    return c.f > kFewFrames && x.head < x.token && x.frame && x.frame * c.size() % kPeriod == 0;
 }
 
-// Calls fn(worker, problem) for all problems, in shares of as many threads as `count`.
+// A view of a copy of positions [t, t + ts) of clip b, with the indices of the whole.
+struct Stage {
+    int64_t b, t, ts;
+    char* memory;
+
+    View place(const FrameAttention& c, int64_t heads) {
+        View x{memory, 0, (ts * heads * c.d * c.size() / 64 | 1) * 64 / c.size() + 64 / c.size(), heads * c.d, c.d};
+        x.frame += x.frame * c.size() / 64 % 2 ? 0 : 64 / c.size();  // an odd number of lines apart
+        memory += own_frames(c, b) * x.frame * c.size();
+        x.data -= ((c.starts ? c.starts[b] * x.frame : 0) + t * x.token) * c.size();
+        return x;
+    }
+
+    // Copies as long pieces as the layout has.
+    void copy(const FrameAttention& c, const View& from, const View& to, int64_t heads) const {
+        const int64_t line = heads * c.d * c.size();
+        for (int64_t f = 0; f < own_frames(c, b); ++f) {
+            if (from.head == c.d && to.head == c.d && from.token == to.token && from.token == heads * c.d) {
+                std::memcpy(c.at(to, b, f, t, 0), c.at(from, b, f, t, 0), ts * line);
+                continue;
+            }
+            for (int64_t i = t; i < t + ts; ++i) {
+                if (from.head == c.d && to.head == c.d) {
+                    std::memcpy(c.at(to, b, f, i, 0), c.at(from, b, f, i, 0), line);
+                    continue;
+                }
+                for (int64_t h = 0; h < heads; ++h)
+                    std::memcpy(c.at(to, b, f, i, h), c.at(from, b, f, i, h), c.d * c.size());
+            }
+        }
+    }
+};
+
+// Calls fn(worker, tensors, problem) for all problems, in shares of `threads` threads that keep to the order of memory:
+// neighbouring heads of a position, or neighbouring positions of a head.
 template <typename Function>
-void solve(const FrameAttention& c, int count, bool backward, Function fn,
+void solve(const FrameAttention& c, const Tensors& x, bool backward, int threads, Function fn,
            std::vector<std::vector<float>>* extra = nullptr) {
-    in_shares(c.b * c.t * c.groups, count, [&](int64_t begin, int64_t end, int thread) {
+    const int64_t tensors = backward ? 7 : 4, bytes = tensors * c.f * c.h * c.d * c.size();
+    const bool staged = is_periodic(c, x.q) || is_periodic(c, x.k) || is_periodic(c, x.v);
+    const int64_t ts = staged ? std::clamp<int64_t>(kStage / std::max<int64_t>(bytes, 1), 1, c.t) : 1;
+    const bool by_heads = !staged && x.k.head > x.k.token;
+    const int64_t blocks = (c.t + ts - 1) / ts;
+    in_shares(staged ? c.b * blocks : c.b * c.t * c.groups, threads, [&](int64_t begin, int64_t end, int thread) {
         if (begin == end) return;
         Worker w(c, backward);
+        std::vector<char> memory(staged ? tensors * c.f * (ts * c.h * c.d * c.size() + 256) + 64 : 0);
         for (int64_t i = begin; i < end; ++i) {
-            const Problem at = problem(c, i);
-            if (w.table.clip != at.b) tabulate(c, at.b, w.table);
-            fn(w, at);
+            if (!staged) {
+                const Problem at = by_heads ? Problem{i / c.t / c.groups, i % c.t, i / c.t % c.groups}
+                                            : Problem{i / c.groups / c.t, i / c.groups % c.t, i % c.groups};
+                if (w.table.clip != at.b) tabulate(c, at.b, w.table);
+                fn(w, x, at);
+                continue;
+            }
+            const int64_t b = i / blocks, t = i % blocks * ts;
+            if (w.table.clip != b) tabulate(c, b, w.table);
+            char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+            Stage stage{b, t, std::min(ts, c.t - t), aligned};
+            Tensors on{stage.place(c, c.h), stage.place(c, c.groups), stage.place(c, c.groups), {}, {}, {}, {}, {}};
+            stage.copy(c, x.q, on.q, c.h), stage.copy(c, x.k, on.k, c.groups), stage.copy(c, x.v, on.v, c.groups);
+            if (backward) {
+                on.dout = stage.place(c, c.h), on.dq = stage.place(c, c.h);
+                on.dk = stage.place(c, c.groups), on.dv = stage.place(c, c.groups);
+                stage.copy(c, x.dout, on.dout, c.h);
+            } else {
+                on.out = stage.place(c, c.h);
+            }
+            for (int64_t p = 0; p < stage.ts * c.groups; ++p) fn(w, on, Problem{b, t + p / c.groups, p % c.groups});
+            if (backward)
+                stage.copy(c, on.dq, x.dq, c.h), stage.copy(c, on.dk, x.dk, c.groups),
+                    stage.copy(c, on.dv, x.dv, c.groups);
+            else
+                stage.copy(c, on.out, x.out, c.h);
         }
         if (extra) (*extra)[thread] = std::move(w.extra);
     });
@@ -246,42 +335,43 @@ void solve(const FrameAttention& c, int count, bool backward, Function fn,
 }  // namespace
 
 void temporal_attention(const FrameAttention& c, const View& out, float* lse, int threads) {
-    const int count = team(threads, c.b * c.t * c.h * c.f * c.d);
-    solve(c, count, false, [&](Worker& w, const Problem& at) {
-        bring_keys(c, w, at);
-        for (int64_t h = at.g * c.heads(); h < (at.g + 1) * c.heads(); ++h) {
-            bring(c, c.q, w, at, h, w.q);
-            with_lanes(w.table.frames.size(),
-                       [&](auto lanes) { forward<decltype(lanes)::value>(c, out, lse, w, at, h); });
-            clear_padding(c, out, w, at, h);
-            if (lse && !c.starts)
-                for (int64_t f = 0; f < c.f; ++f)
-                    if (!c.is_valid(at.b, f)) lse[(c.row(at.b, f) * c.h + h) * c.t + at.t] = -INFINITY;
-        }
-    });
+    const Tensors all{c.q, c.k, c.v, {}, out, {}, {}, {}};
+    solve(c, all, false, team(threads, c.b * c.t * c.h * c.f * c.d),
+          [&](Worker& w, const Tensors& x, const Problem& at) {
+              const Rows keys = bring_keys(c, x, w, at, true);
+              for (int64_t h = at.g * c.heads(); h < (at.g + 1) * c.heads(); ++h) {
+                  with_lanes(w.table.frames.size(),
+                             [&](auto lanes) { forward<decltype(lanes)::value>(c, x, lse, w, keys, at, h); });
+                  clear_padding(c, x.out, w, at, h);
+                  if (lse && !c.starts)
+                      for (int64_t f = 0; f < c.f; ++f)
+                          if (!c.is_valid(at.b, f)) lse[(c.row(at.b, f) * c.h + h) * c.t + at.t] = -INFINITY;
+              }
+          });
 }
 
 void temporal_attention_backward(const FrameAttention& c, const View&, const View& dout, const FrameGradients& to,
                                  const float*, const float* dlse, int threads) {
     const int count = team(threads, c.b * c.t * c.h * c.f * c.d);
+    const Tensors all{c.q, c.k, c.v, dout, {}, to.q, to.k, to.v};
     std::vector<std::vector<float>> extra(count);
     solve(
-        c, count, true,
-        [&](Worker& w, const Problem& at) {
+        c, all, true, count,
+        [&](Worker& w, const Tensors& x, const Problem& at) {
             const int64_t n = w.table.frames.size(), rows = n + extra_rows(c, n);
-            bring_keys(c, w, at);
+            bring_keys(c, x, w, at, false);
             std::fill(w.dk, w.dk + rows * w.ld, 0.0f), std::fill(w.dv, w.dv + rows * w.ld, 0.0f);
             for (int64_t h = at.g * c.heads(); h < (at.g + 1) * c.heads(); ++h) {
-                bring(c, c.q, w, at, h, w.q), bring(c, dout, w, at, h, w.dout);
-                with_lanes(n, [&](auto lanes) { backward<decltype(lanes)::value>(c, to.q, dlse, w, at, h); });
-                clear_padding(c, to.q, w, at, h);
+                bring(c, x.q, w, at, h, w.q), bring(c, x.dout, w, at, h, w.dout);
+                with_lanes(n, [&](auto lanes) { backward<decltype(lanes)::value>(c, x, dlse, w, at, h); });
+                clear_padding(c, x.dq, w, at, h);
             }
             for (int64_t i = 0; i < n; ++i) {
                 const int64_t f = w.table.frames[i];
-                write_rows(c.kind, c.at(to.k, at.b, f, at.t, at.g), 0, 1, c.d, w.dk + i * w.ld, 0, 1.0f);
-                write_rows(c.kind, c.at(to.v, at.b, f, at.t, at.g), 0, 1, c.d, w.dv + i * w.ld, 0, 1.0f);
+                write_rows(c.kind, c.at(x.dk, at.b, f, at.t, at.g), 0, 1, c.d, w.dk + i * w.ld, 0, 1.0f);
+                write_rows(c.kind, c.at(x.dv, at.b, f, at.t, at.g), 0, 1, c.d, w.dv + i * w.ld, 0, 1.0f);
             }
-            clear_padding(c, to.k, w, at, at.g), clear_padding(c, to.v, w, at, at.g);
+            clear_padding(c, x.dk, w, at, at.g), clear_padding(c, x.dv, w, at, at.g);
             if (c.e) add_extra(c, w, at);
         },
         &extra);

@@ -19,6 +19,7 @@ from ._frames import Clips
 from ._inference import CODES, last_contiguous, wide
 from ._precision import without_autocast
 from ._sweep import address
+from ._workspace import empty_like
 
 LONGEST_TILE = 128  # frames that the Triton kernel of temporal attention holds at once
 
@@ -166,13 +167,13 @@ def empty_forward(clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor]:
     """`out` has the order of dimensions that q has in memory; without need of it, `lse` is empty."""
     b, f, t, h, _ = clips.q.shape
     shape = (b, f, h, t) if need_lse else (0,)
-    return torch.empty_like(clips.q), clips.q.new_empty(shape, dtype=wide(clips.q.dtype))
+    return empty_like(clips.q), clips.q.new_empty(shape, dtype=wide(clips.q.dtype))
 
 
 def empty_backward(clips: Clips) -> tuple[Tensor | None, ...]:
     """dq, dk, dv and the gradients of the extra keys: dense, also where the input is expanded."""
     tensors = (clips.q, clips.k, clips.v, clips.extra_k, clips.extra_v)
-    return tuple(None if x is None else torch.empty_like(x) for x in tensors)
+    return tuple(None if x is None else empty_like(x) for x in tensors)
 
 
 # -------------------------------------------------------------------------------------------- torch.library, autograd

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from ._dispatch import native
-from ._workspace import buffer
+from ._workspace import POOLED_RESULTS, buffer
 
 # 8 MiB of float32: large enough for the library's full speed, small enough to stay in a last-level cache.
 ROWS, COLUMNS = 1024, 2048
 TINY = torch.finfo(torch.float32).tiny
-POOLED_GRADIENTS = range(4 << 20, (256 << 20) + 1)  # bytes
 BLOCK = 16  # rows
 MIN_KEPT_ROWS = 256  # a thinner first block would slow its product more than keeping it saves
 
@@ -445,10 +444,10 @@ def _gradient(like: Tensor, others: int) -> Tensor:
     """
     if not others:
         return torch.zeros(like.shape, dtype=torch.float32)
-    if like.numel() * 4 in POOLED_GRADIENTS:
+    if like.numel() * 4 in POOLED_RESULTS:
         return buffer(like.numel()).view(like.shape)
     gradient = torch.empty(like.shape, dtype=torch.float32)
-    if gradient.nbytes >= POOLED_GRADIENTS.stop:
+    if gradient.nbytes >= POOLED_RESULTS.stop:
         native.huge_pages(gradient.data_ptr(), gradient.nbytes)
     return gradient
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from ._dispatch import native
 
 MIB = 1 << 20
+POOLED_RESULTS = range(4 * MIB, 256 * MIB + 1)  # bytes of results: more would hurt as idle memory
 POOLED_FROM = MIB  # smaller buffers come back from malloc without a page fault
 _default = {"cpu": 64 * MIB, "cuda": 512 * MIB}
 _chosen: int | None = None
@@ -45,7 +46,7 @@ class _Pool:
     A buffer comes back when the last tensor on it dies. At most `SPARE` stay, the largest ones.
     """
 
-    SPARE = 3  # kept logits of two heads, or of one and a tile; a gradient
+    SPARE = 4  # kept logits of two heads, or of one and a tile; a gradient; an attention's output and its gradients
 
     def __init__(self) -> None:
         # Re-entrant: garbage collected while it is held may contain a tensor whose buffer then comes back.
@@ -83,3 +84,12 @@ _pool = _Pool()
 def buffer(numel: int) -> Tensor:
     """A flat float32 CPU buffer with undefined contents, [numel]."""
     return torch.empty(numel, dtype=torch.float32) if numel * 4 < POOLED_FROM else _pool.take(numel)
+
+
+def empty_like(x: Tensor) -> Tensor:
+    """`torch.empty_like(x)`; where it is large and float32, on a CPU, from the pool of buffers."""
+    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * 4 not in POOLED_RESULTS:
+        return torch.empty_like(x)
+    if native is None or torch.compiler.is_compiling():
+        return torch.empty_like(x)
+    return buffer(x.numel()).as_strided(x.shape, torch.empty_like(x, device="meta").stride())
