@@ -8,250 +8,214 @@
 namespace fastcontrast {
 namespace {
 
-// A task owns up to kOwned queries (or keys, in the backward), in lanes, and streams what they meet past them: blocks
-// of kBlockRows rows that are read once for all lanes.
+// A task owns up to kOwned queries, in lanes, and streams keys and values past them: blocks of kBlockRows rows that are
+// read once for all lanes.
 constexpr int64_t kOwned = 4 * kMostLanes, kBlockRows = 64;
 
-// Rows that lie in the tensors at equal distances, x and y of each: keys and values past queries, queries and their
-// outputs' gradients past keys.
+// Keys and values that lie in the tensors at equal distances, and the place of their gradients among those of a clip.
 struct Segment {
-    const char *x, *y;
-    int64_t x_stride, y_stride, count;
+    const char *k, *v;
+    int64_t k_stride, v_stride, count;
     float bias;
-    const float *lse, *delta;  // of queries, else null
+    int64_t place;
 };
 
-struct Task {
-    int64_t ld;                       // D rounded up to whole vectors
-    std::vector<Segment> segments;    // what streams past
-    float *x, *y, *offset, *delta;    // the block of it: [kBlockRows, ld] twice, [kBlockRows] twice
-    float *a, *b;                     // what is owned, in lanes: kOwned / kMostLanes times [D, kMostLanes]
-    float *lane_offset, *lane_delta;  // [kOwned]
-    float *p, *g;                     // [kBlockRows, kMostLanes]
-    float *high, *sum, *factor;       // [kOwned], the last [kMostLanes]
-    float *to_a, *to_b, *row;         // sums [kOwned, ld] twice; [kMostLanes, ld]
+// Where the stream is.
+struct Cursor {
+    size_t segment = 0;
+    int64_t row = 0;
+};
+
+// What a thread works in.
+struct Worker {
+    int64_t ld;  // D rounded up to whole vectors
+    std::vector<Segment> segments;
+    std::vector<int64_t> places;              // [kBlockRows]
+    float *k, *v, *bias;                      // the block: [kBlockRows, ld] twice, [kBlockRows]
+    float *q, *lanes, *sums;                  // what is owned: [kOwned, ld], in lanes, and what becomes of it
+    float *p, *high, *sum, *factor;           // [kBlockRows, kMostLanes], [kOwned] twice, [kMostLanes]
+    float *dout, *dout_lanes, *ds, *dk, *dv;  // of the backward, as q, lanes, p, k and v
     Scratch memory;
 
-    static int64_t width(int64_t d) { return (d + kWide - 1) / kWide * kWide; }
-
-    explicit Task(int64_t d)
-        : ld(width(d)),
-          memory(ld * (2 * kBlockRows + 4 * kOwned + kMostLanes) + 2 * kBlockRows + 2 * kBlockRows * kMostLanes +
-                 4 * kOwned + kMostLanes) {
+    Worker(int64_t d, bool backward)
+        : ld((d + kWide - 1) / kWide * kWide),
+          places(kBlockRows),
+          memory((backward ? 2 : 1) * (ld * (2 * kBlockRows + 3 * kOwned) + kBlockRows * kMostLanes) + kBlockRows +
+                 2 * kOwned + kMostLanes) {
         float* next = memory.data();
         auto take = [&next](int64_t count) {
             float* begin = next;
             next += count;
             return begin;
         };
-        x = take(kBlockRows * ld), y = take(kBlockRows * ld);
-        a = take(kOwned * ld), b = take(kOwned * ld);
-        to_a = take(kOwned * ld), to_b = take(kOwned * ld), row = take(kMostLanes * ld);
-        p = take(kBlockRows * kMostLanes), g = take(kBlockRows * kMostLanes);
-        offset = take(kBlockRows), delta = take(kBlockRows);
-        lane_offset = take(kOwned), lane_delta = take(kOwned), high = take(kOwned), sum = take(kOwned);
-        factor = take(kMostLanes);
+        k = take(kBlockRows * ld), v = take(kBlockRows * ld), p = take(kBlockRows * kMostLanes);
+        q = take(kOwned * ld), lanes = take(kOwned * ld), sums = take(kOwned * ld);
+        bias = take(kBlockRows), high = take(kOwned), sum = take(kOwned), factor = take(kMostLanes);
+        dout = dout_lanes = ds = dk = dv = nullptr;
+        if (!backward) return;
+        dk = take(kBlockRows * ld), dv = take(kBlockRows * ld), ds = take(kBlockRows * kMostLanes);
+        dout = take(kOwned * ld), dout_lanes = take(kOwned * ld);
     }
 };
 
-// The next rows of the stream, up to kBlockRows, across the ends of its segments.
-struct Cursor {
-    size_t segment = 0;
-    int64_t row = 0;
-};
+// Rows of a clip's gradients of k or v, those of extra keys behind.
+int64_t gradient_rows(const FrameAttention& c) { return c.f * c.s + (c.shared ? 1 : c.f) * c.e; }
 
-int64_t next_block(const FrameAttention& c, const Task& task, Cursor& at) {
+// The keys that frame f of clip b attends, of one group of heads.
+void stream_keys(const FrameAttention& c, Worker& w, int64_t b, int64_t f, int64_t group) {
+    w.segments.clear();
+    for (int64_t g = 0; g < c.f; ++g)
+        if (const int64_t n = c.count_of(b, f, g); n > 0 && c.s)
+            w.segments.push_back({c.at(c.k, b, g, 0, group), c.at(c.v, b, g, 0, group), c.k.token, c.v.token, c.s,
+                                  n > 1 ? std::log(static_cast<float>(n)) : 0.0f, g * c.s});
+    if (c.e)
+        w.segments.push_back({c.extra_at(c.extra_k, b, f, 0, group), c.extra_at(c.extra_v, b, f, 0, group),
+                              c.extra_k.token, c.extra_v.token, c.e, 0.0f, c.f * c.s + (c.shared ? 0 : f * c.e)});
+}
+
+// The next rows of the stream, up to kBlockRows, across the ends of its segments. Returns their number.
+int64_t next_block(const FrameAttention& c, Worker& w, Cursor& at) {
     int64_t filled = 0;
-    while (filled < kBlockRows && at.segment < task.segments.size()) {
-        const Segment& s = task.segments[at.segment];
+    while (filled < kBlockRows && at.segment < w.segments.size()) {
+        const Segment& s = w.segments[at.segment];
         const int64_t n = std::min(kBlockRows - filled, s.count - at.row);
-        read_rows(c.kind, s.x + at.row * s.x_stride * c.size(), s.x_stride, n, c.d, task.x + filled * task.ld, task.ld);
-        read_rows(c.kind, s.y + at.row * s.y_stride * c.size(), s.y_stride, n, c.d, task.y + filled * task.ld, task.ld);
-        for (int64_t i = 0; i < n; ++i) {
-            // A query without a key has lse −inf, and weights of 0.
-            task.offset[filled + i] =
-                s.lse ? s.lse[at.row + i] == -INFINITY ? -INFINITY : s.bias - s.lse[at.row + i] : s.bias;
-            task.delta[filled + i] = s.delta ? s.delta[at.row + i] : 0.0f;
-        }
+        read_rows(c.kind, s.k + at.row * s.k_stride * c.size(), s.k_stride, n, c.d, w.k + filled * w.ld, w.ld);
+        read_rows(c.kind, s.v + at.row * s.v_stride * c.size(), s.v_stride, n, c.d, w.v + filled * w.ld, w.ld);
+        for (int64_t i = 0; i < n; ++i) w.bias[filled + i] = s.bias, w.places[filled + i] = s.place + at.row + i;
         filled += n, at.row += n;
         if (at.row == s.count) ++at.segment, at.row = 0;
     }
     return filled;
 }
 
-// The keys that frame f of clip b attends, of one group of heads.
-void stream_keys(const FrameAttention& c, Task& task, int64_t b, int64_t f, int64_t group) {
-    task.segments.clear();
-    for (int64_t g = 0; g < c.f; ++g)
-        if (const int64_t n = c.count_of(b, f, g); n > 0 && c.s)
-            task.segments.push_back({c.at(c.k, b, g, 0, group), c.at(c.v, b, g, 0, group), c.k.token, c.v.token, c.s,
-                                     n > 1 ? std::log(static_cast<float>(n)) : 0.0f, nullptr, nullptr});
-    if (c.e)
-        task.segments.push_back({c.extra_at(c.extra_k, b, f, 0, group), c.extra_at(c.extra_v, b, f, 0, group),
-                                 c.extra_k.token, c.extra_v.token, c.e, 0.0f, nullptr, nullptr});
-}
-
-struct Saved {
-    View dout;
-    const float *lse, *delta;  // [frames, H, T]
-};
-
-// The queries of frame f, of the heads that share a group.
-void stream_queries(const FrameAttention& c, const Saved& saved, Task& task, int64_t b, int64_t f, int64_t group,
-                    float bias) {
-    for (int64_t h = group * c.heads(); h < (group + 1) * c.heads(); ++h) {
-        const int64_t place = (c.row(b, f) * c.h + h) * c.t;
-        if (c.t)
-            task.segments.push_back({c.at(c.q, b, f, 0, h), c.at(saved.dout, b, f, 0, h), c.q.token, saved.dout.token,
-                                     c.t, bias, saved.lse + place, saved.delta + place});
-    }
-}
-
 // Calls fn(lanes, first, count) for the owned in groups of kMostLanes, `lanes` the constant that holds the group.
 template <typename Function>
-FC_INLINE void in_groups(int64_t owned, Function fn) {
+void in_groups(int64_t owned, Function fn) {
     for (int64_t l = 0; l < owned; l += kMostLanes) {
         const int64_t count = std::min<int64_t>(kMostLanes, owned - l);
-        with_lanes(count, [&](auto lanes) FC_INLINE_LAMBDA { fn(lanes, l, count); });
+        with_lanes(count, [&](auto lanes) { fn(lanes, l, count); });
     }
 }
 
-template <int W>
-FC_INLINE void own(const FrameAttention& c, const Task& task, const char* rows, int64_t stride, int64_t count,
-                   float factor, float* lanes) {
-    read_rows(c.kind, rows, stride, count, c.d, task.row, task.ld);
-    to_lanes<W>(task.row, task.ld, count, c.d, factor, lanes);
+// Rows of one head from token `first` on, as they are and in lanes.
+void own(const FrameAttention& c, const View& x, int64_t b, int64_t f, int64_t first, int64_t h, int64_t owned,
+         float factor, int64_t ld, float* rows, float* lanes) {
+    read_rows(c.kind, c.at(x, b, f, first, h), x.token, owned, c.d, rows, ld);
+    in_groups(owned, [&](auto width, int64_t l, int64_t count) {
+        to_lanes<decltype(width)::value>(rows + l * ld, ld, count, c.d, factor, lanes + l * ld);
+    });
 }
 
 template <int W>
-FC_INLINE void add_bias(float* scores, const float* bias, int64_t count) {
+FC_VECTOR_CLONES void add_bias(float* scores, const float* bias, int64_t count) {
     for (int64_t i = 0; i < count; ++i)
         if (bias[i] != 0.0f)
 #pragma omp simd
             for (int l = 0; l < W; ++l) scores[i * W + l] += bias[i];
 }
 
-FC_VECTOR_CLONES void forward(const FrameAttention& c, const View& out, float* lse, int64_t b, int64_t f, int64_t h,
-                              int64_t first, Task& task) {
-    const int64_t owned = std::min(kOwned, c.t - first), ld = task.ld;
-    char* rows = c.at(out, b, f, first, h);
+void forward(const FrameAttention& c, const View& out, float* lse, int64_t b, int64_t f, int64_t h, int64_t first,
+             Worker& w) {
+    const int64_t owned = std::min(kOwned, c.t - first), ld = w.ld;
     float* lse_rows = lse ? lse + (c.row(b, f) * c.h + h) * c.t + first : nullptr;
-    stream_keys(c, task, b, f, h / c.heads());
-    if (!c.is_valid(b, f) || task.segments.empty()) {
-        zero_rows(c.size(), rows, out.token, owned, c.d);
+    stream_keys(c, w, b, f, h / c.heads());
+    if (!c.is_valid(b, f) || w.segments.empty()) {
+        zero_rows(c.size(), c.at(out, b, f, first, h), out.token, owned, c.d);
         if (lse) std::fill(lse_rows, lse_rows + owned, -INFINITY);
         return;
     }
-    in_groups(owned, [&](auto lanes, int64_t l, int64_t count) FC_INLINE_LAMBDA {
-        own<decltype(lanes)::value>(c, task, c.at(c.q, b, f, first + l, h), c.q.token, count, c.scale, task.a + l * ld);
-    });
-    std::fill(task.high, task.high + kOwned, -INFINITY);
-    std::fill(task.sum, task.sum + kOwned, 0.0f);
-    std::fill(task.to_a, task.to_a + owned * ld, 0.0f);
+    own(c, c.q, b, f, first, h, owned, c.scale, ld, w.q, w.lanes);
+    std::fill(w.high, w.high + kOwned, -INFINITY), std::fill(w.sum, w.sum + kOwned, 0.0f);
+    std::fill(w.sums, w.sums + owned * ld, 0.0f);
     Cursor cursor;
-    while (const int64_t n = next_block(c, task, cursor))
-        in_groups(owned, [&](auto lanes, int64_t l, int64_t count) FC_INLINE_LAMBDA {
-            constexpr int W = decltype(lanes)::value;
-            score<W>(task.x, ld, n, task.a + l * ld, c.d, task.p);
-            add_bias<W>(task.p, task.offset, n);
-            soften<W>(task.p, n, task.high + l, task.sum + l, task.factor);
-            mix({task.p, 1, W}, task.y, ld, n, task.factor, task.to_a + l * ld, ld, count, c.d);
+    while (const int64_t n = next_block(c, w, cursor))
+        in_groups(owned, [&](auto width, int64_t l, int64_t count) {
+            constexpr int W = decltype(width)::value;
+            score<W>(w.k, ld, n, w.lanes + l * ld, c.d, w.p);
+            add_bias<W>(w.p, w.bias, n);
+            soften<W>(w.p, n, w.high + l, w.sum + l, w.factor);
+            mix({w.p, 1, W}, w.v, ld, n, w.factor, w.sums + l * ld, ld, count, c.d);
         });
     for (int64_t l = 0; l < owned; ++l) {
-        const float sum = task.sum[l];
-        write_rows(c.kind, rows + l * out.token * c.size(), 0, 1, c.d, task.to_a + l * ld, ld,
+        const float sum = w.sum[l];
+        write_rows(c.kind, c.at(out, b, f, first + l, h), 0, 1, c.d, w.sums + l * ld, ld,
                    sum == 0.0f ? 0.0f : 1.0f / sum);
-        if (lse) lse_rows[l] = sum == 0.0f ? -INFINITY : task.high[l] + std::log(sum);
+        if (lse) lse_rows[l] = sum == 0.0f ? -INFINITY : w.high[l] + std::log(sum);
     }
 }
 
-// Past the owned a and b, in lanes: with P = exp(a · x + offsets) and G = P · (b · y − deltas), to_a += G · x, and
-// to_b += P · y if wanted.
-template <bool both>
-FC_INLINE void stream_gradients(const FrameAttention& c, Task& task, int64_t owned) {
-    const int64_t ld = task.ld;
-    std::fill(task.to_a, task.to_a + owned * ld, 0.0f);
-    if (both) std::fill(task.to_b, task.to_b + owned * ld, 0.0f);
-    Cursor cursor;
-    while (const int64_t n = next_block(c, task, cursor))
-        in_groups(owned, [&](auto lanes, int64_t l, int64_t count) FC_INLINE_LAMBDA {
-            constexpr int W = decltype(lanes)::value;
-            float* __restrict p = task.p, * __restrict g = task.g;
-            const float *lane_offset = task.lane_offset + l, *lane_delta = task.lane_delta + l;
-            score<W>(task.x, ld, n, task.a + l * ld, c.d, p);
-            score<W>(task.y, ld, n, task.b + l * ld, c.d, g);
-            for (int64_t i = 0; i < n; ++i) {
-                const float offset = task.offset[i], delta = task.delta[i];
+// From the products q · k and dout · v: p = exp(score + bias − lse) and ds = scale · p · (⟨dout, v⟩ − delta).
+template <int W>
+FC_VECTOR_CLONES void gradients(const float* __restrict bias, const float* __restrict lse,
+                                const float* __restrict delta, float scale, int64_t count, float* __restrict p,
+                                float* __restrict ds) {
+    for (int64_t i = 0; i < count; ++i)
 #pragma omp simd
-                for (int j = 0; j < W; ++j) {
-                    const float e = exp_fast(p[i * W + j] + offset - lane_offset[j]);
-                    p[i * W + j] = e;
-                    g[i * W + j] = e * (g[i * W + j] - delta - lane_delta[j]);
-                }
-            }
-            mix({g, 1, W}, task.x, ld, n, nullptr, task.to_a + l * ld, ld, count, c.d);
-            if (both) mix({p, 1, W}, task.y, ld, n, nullptr, task.to_b + l * ld, ld, count, c.d);
-        });
-}
-
-FC_VECTOR_CLONES void backward_queries(const FrameAttention& c, const Saved& saved, const View& dq, int64_t b,
-                                       int64_t f, int64_t h, int64_t first, Task& task) {
-    const int64_t owned = std::min(kOwned, c.t - first), place = (c.row(b, f) * c.h + h) * c.t + first;
-    char* rows = c.at(dq, b, f, first, h);
-    stream_keys(c, task, b, f, h / c.heads());
-    if (!c.is_valid(b, f) || task.segments.empty()) return zero_rows(c.size(), rows, dq.token, owned, c.d);
-    in_groups(owned, [&](auto lanes, int64_t l, int64_t count) FC_INLINE_LAMBDA {
-        constexpr int W = decltype(lanes)::value;
-        own<W>(c, task, c.at(c.q, b, f, first + l, h), c.q.token, count, c.scale, task.a + l * task.ld);
-        own<W>(c, task, c.at(saved.dout, b, f, first + l, h), saved.dout.token, count, 1.0f, task.b + l * task.ld);
-    });
-    std::fill(task.lane_offset, task.lane_offset + kOwned, 0.0f);
-    std::fill(task.lane_delta, task.lane_delta + kOwned, 0.0f);
-    for (int64_t l = 0; l < owned; ++l) {
-        const float lse = saved.lse[place + l];
-        task.lane_offset[l] = lse == -INFINITY ? INFINITY : lse, task.lane_delta[l] = saved.delta[place + l];
-    }
-    stream_gradients<false>(c, task, owned);
-    write_rows(c.kind, rows, dq.token, owned, c.d, task.to_a, task.ld, c.scale);
-}
-
-// The owners of keys: `k` and `v` are theirs, `dk` and `dv` where their gradients go; task.segments are their queries.
-FC_VECTOR_CLONES void backward_keys(const FrameAttention& c, const char* k, int64_t k_stride, const char* v,
-                                    int64_t v_stride, char* dk, int64_t dk_stride, char* dv, int64_t dv_stride,
-                                    int64_t owned, Task& task) {
-    if (task.segments.empty()) {
-        zero_rows(c.size(), dk, dk_stride, owned, c.d);
-        return zero_rows(c.size(), dv, dv_stride, owned, c.d);
-    }
-    in_groups(owned, [&](auto lanes, int64_t l, int64_t count) FC_INLINE_LAMBDA {
-        constexpr int W = decltype(lanes)::value;
-        own<W>(c, task, k + l * k_stride * c.size(), k_stride, count, c.scale, task.a + l * task.ld);
-        own<W>(c, task, v + l * v_stride * c.size(), v_stride, count, 1.0f, task.b + l * task.ld);
-    });
-    std::fill(task.lane_offset, task.lane_offset + kOwned, 0.0f);
-    std::fill(task.lane_delta, task.lane_delta + kOwned, 0.0f);
-    stream_gradients<true>(c, task, owned);
-    write_rows(c.kind, dk, dk_stride, owned, c.d, task.to_a, task.ld, c.scale);
-    write_rows(c.kind, dv, dv_stride, owned, c.d, task.to_b, task.ld, 1.0f);
-}
-
-// delta = ⟨dout, out⟩ − dlse of one frame.
-FC_VECTOR_CLONES void deltas(const FrameAttention& c, const View& out, const View& dout, const float* dlse, int64_t b,
-                             int64_t f, float* delta, float* x, float* y) {
-    const int64_t place = c.row(b, f) * c.h * c.t;
-    for (int64_t h = 0; h < c.h; ++h)
-        for (int64_t t = 0; t < c.t; ++t) {
-            read_rows(c.kind, c.at(out, b, f, t, h), 0, 1, c.d, x, 0);
-            read_rows(c.kind, c.at(dout, b, f, t, h), 0, 1, c.d, y, 0);
-            float lanes[kWide] = {};
-            int64_t j = 0;
-            for (; j + kWide <= c.d; j += kWide)
-#pragma omp simd
-                for (int l = 0; l < kWide; ++l) lanes[l] += x[j + l] * y[j + l];
-            for (int l = 0; j < c.d; ++j, ++l) lanes[l] += x[j] * y[j];
-            const int64_t i = place + h * c.t + t;
-            delta[i] = sum_lanes(lanes) - (dlse ? dlse[i] : 0.0f);
+        for (int l = 0; l < W; ++l) {
+            const float e = exp_fast(p[i * W + l] + bias[i] - lse[l]);
+            p[i * W + l] = e;
+            ds[i * W + l] = scale * e * (ds[i * W + l] - delta[l]);
         }
+}
+
+// ⟨dout, out⟩ − dlse of the owned, from their rows.
+FC_VECTOR_CLONES void deltas(const float* dout, const float* out, int64_t ld, int64_t owned, int64_t d,
+                             const float* dlse, float* delta) {
+    for (int64_t i = 0; i < owned; ++i) {
+        const float *x = dout + i * ld, *y = out + i * ld;
+        float lanes[kWide] = {};
+        int64_t j = 0;
+        for (; j + kWide <= d; j += kWide)
+#pragma omp simd
+            for (int l = 0; l < kWide; ++l) lanes[l] += x[j + l] * y[j + l];
+        for (int l = 0; j < d; ++j, ++l) lanes[l] += x[j] * y[j];
+        delta[i] = sum_lanes(lanes) - (dlse ? dlse[i] : 0.0f);
+    }
+}
+
+FC_VECTOR_CLONES void add_places(const float* rows, int64_t ld, const std::vector<int64_t>& places, int64_t count,
+                                 int64_t d, float* to) {
+    for (int64_t i = 0; i < count; ++i)
+#pragma omp simd
+        for (int64_t j = 0; j < d; ++j) to[places[i] * ld + j] += rows[i * ld + j];
+}
+
+struct Saved {
+    View out, dout;
+    const float *lse, *dlse;  // [frames, H, T]
+};
+
+// Writes dq of the owned queries and adds what they give to dk and dv, [gradient_rows, ld].
+void backward(const FrameAttention& c, const Saved& saved, const View& dq, int64_t b, int64_t f, int64_t h,
+              int64_t first, Worker& w, float* dk, float* dv) {
+    const int64_t owned = std::min(kOwned, c.t - first), ld = w.ld, place = (c.row(b, f) * c.h + h) * c.t + first;
+    stream_keys(c, w, b, f, h / c.heads());
+    if (!c.is_valid(b, f) || w.segments.empty())
+        return zero_rows(c.size(), c.at(dq, b, f, first, h), dq.token, owned, c.d);
+    float *lse = w.high, *delta = w.sum;
+    own(c, c.q, b, f, first, h, owned, c.scale, ld, w.q, w.lanes);
+    own(c, saved.dout, b, f, first, h, owned, 1.0f, ld, w.dout, w.dout_lanes);
+    std::fill(lse, lse + kOwned, 0.0f), std::fill(delta, delta + kOwned, 0.0f);
+    read_rows(c.kind, c.at(saved.out, b, f, first, h), saved.out.token, owned, c.d, w.sums, ld);
+    deltas(w.dout, w.sums, ld, owned, c.d, saved.dlse ? saved.dlse + place : nullptr, delta);
+    // A query without a key has lse −inf, and weights of 0.
+    for (int64_t l = 0; l < owned; ++l) lse[l] = saved.lse[place + l] == -INFINITY ? INFINITY : saved.lse[place + l];
+    std::fill(w.sums, w.sums + owned * ld, 0.0f);
+    Cursor cursor;
+    while (const int64_t n = next_block(c, w, cursor)) {
+        std::fill(w.dk, w.dk + n * ld, 0.0f), std::fill(w.dv, w.dv + n * ld, 0.0f);
+        in_groups(owned, [&](auto width, int64_t l, int64_t count) {
+            constexpr int W = decltype(width)::value;
+            score<W>(w.k, ld, n, w.lanes + l * ld, c.d, w.p);
+            score<W>(w.v, ld, n, w.dout_lanes + l * ld, c.d, w.ds);
+            gradients<W>(w.bias, lse + l, delta + l, c.scale, n, w.p, w.ds);
+            mix({w.ds, 1, W}, w.k, ld, n, nullptr, w.sums + l * ld, ld, count, c.d);
+            mix({w.ds, W, 1}, w.q + l * ld, ld, count, nullptr, w.dk, ld, n, c.d);
+            mix({w.p, W, 1}, w.dout + l * ld, ld, count, nullptr, w.dv, ld, n, c.d);
+        });
+        add_places(w.dk, ld, w.places, n, c.d, dk), add_places(w.dv, ld, w.places, n, c.d, dv);
+    }
+    write_rows(c.kind, c.at(dq, b, f, first, h), dq.token, owned, c.d, w.sums, ld, 1.0f);
 }
 
 int64_t blocks(int64_t rows) { return (rows + kOwned - 1) / kOwned; }
@@ -259,63 +223,69 @@ int64_t blocks(int64_t rows) { return (rows + kOwned - 1) / kOwned; }
 // Frames of a packed clip that end before the longest one's are another clip's.
 bool is_absent(const FrameAttention& c, int64_t b, int64_t f) { return c.starts && c.starts[b] + f >= c.starts[b + 1]; }
 
+// Gradients of one group of heads in one clip, [gradient_rows, ld].
+void write_keys(const FrameAttention& c, const FrameGradients& to, int64_t b, int64_t group, const float* dk,
+                const float* dv, int64_t ld) {
+    for (int64_t g = 0; g < c.f; ++g) {
+        if (is_absent(c, b, g)) continue;
+        write_rows(c.kind, c.at(to.k, b, g, 0, group), to.k.token, c.s, c.d, dk + g * c.s * ld, ld, 1.0f);
+        write_rows(c.kind, c.at(to.v, b, g, 0, group), to.v.token, c.s, c.d, dv + g * c.s * ld, ld, 1.0f);
+    }
+    for (int64_t x = 0; c.e && x < (c.shared ? 1 : c.f); ++x) {
+        if (!c.shared && is_absent(c, b, x)) continue;
+        const int64_t place = (c.f * c.s + x * c.e) * ld;
+        write_rows(c.kind, c.extra_at(to.extra_k, b, x, 0, group), to.extra_k.token, c.e, c.d, dk + place, ld, 1.0f);
+        write_rows(c.kind, c.extra_at(to.extra_v, b, x, 0, group), to.extra_v.token, c.e, c.d, dv + place, ld, 1.0f);
+    }
+}
+
 }  // namespace
 
 void frame_attention(const FrameAttention& c, const View& out, float* lse, int threads) {
     const int64_t parts = blocks(c.t), tasks = c.b * c.f * c.h * parts;
     const int count = team(threads, tasks * std::min(c.t, kOwned) * (c.s + c.e) * c.d);
-    in_turns(
-        tasks, count, [&] { return Task(c.d); },
-        [&](int64_t i, Task& task) {
-            // Neighbours in time read the same keys: first the parts of a frame, then the frames, then the heads.
-            const int64_t part = i % parts, f = i / parts % c.f, h = i / parts / c.f % c.h, b = i / parts / c.f / c.h;
-            if (!is_absent(c, b, f)) forward(c, out, lse, b, f, h, part * kOwned, task);
-        });
+    const auto make = [&] { return Worker(c.d, false); };
+    in_turns(tasks, count, make, [&](int64_t i, Worker& w) {
+        // Neighbours in time read the same keys: first the parts of a frame, then the frames, then the heads.
+        const int64_t part = i % parts, f = i / parts % c.f, h = i / parts / c.f % c.h, b = i / parts / c.f / c.h;
+        if (!is_absent(c, b, f)) forward(c, out, lse, b, f, h, part * kOwned, w);
+    });
 }
 
 void frame_attention_backward(const FrameAttention& c, const View& out, const View& dout, const FrameGradients& to,
                               const float* lse, const float* dlse, int threads) {
-    std::vector<float> delta(c.rows() * c.h * c.t);
-    const Saved saved{dout, lse, delta.data()};
-    const int64_t q_parts = blocks(c.t), k_parts = blocks(c.s), e_parts = blocks(c.e), extras = c.shared ? 1 : c.f;
-    const int64_t q_tasks = c.b * c.f * c.h * q_parts, k_tasks = c.b * c.groups * c.f * k_parts;
-    const int64_t e_tasks = c.b * c.groups * extras * e_parts;
-    const int count = team(threads, q_tasks * std::min(c.t, kOwned) * (c.s + c.e) * c.d);
-    const auto make = [&] { return Task(c.d); };
-    in_turns(c.b * c.f, count, make, [&](int64_t i, Task& task) {
-        const int64_t b = i / c.f, f = i % c.f;
-        if (!is_absent(c, b, f) && c.is_valid(b, f)) deltas(c, out, dout, dlse, b, f, delta.data(), task.x, task.y);
+    const Saved saved{out, dout, lse, dlse};
+    // The keys' gradients of a group have one owner, which walks its queries. Where there are fewer groups than
+    // threads, query frames are shared among several owners, whose sums are added in their order.
+    const int count = team(threads, c.b * c.f * c.h * c.t * (c.s + c.e) * c.d);
+    const int64_t groups = c.b * c.groups, ld = (c.d + kWide - 1) / kWide * kWide, size = 2 * gradient_rows(c) * ld;
+    const int64_t splits = groups ? std::clamp<int64_t>(count / groups, 1, std::max<int64_t>(c.f, 1)) : 1;
+    std::vector<float> parts(splits > 1 ? groups * splits * size : 0);
+    struct Owner {
+        Worker worker;
+        std::vector<float> gradients;
+    };
+    const auto make = [&] { return Owner{Worker(c.d, true), std::vector<float>(splits > 1 ? 0 : size)}; };
+    in_turns(groups * splits, count, make, [&](int64_t i, Owner& own) {
+        const int64_t split = i % splits, group = i / splits % c.groups, b = i / splits / c.groups;
+        float* dk = splits > 1 ? parts.data() + i * size : own.gradients.data();
+        float* dv = dk + size / 2;
+        std::fill(dk, dk + size, 0.0f);
+        for (int64_t f = split; f < c.f; f += splits) {
+            if (is_absent(c, b, f)) continue;
+            for (int64_t h = group * c.heads(); h < (group + 1) * c.heads(); ++h)
+                for (int64_t t = 0; t < c.t; t += kOwned) backward(c, saved, to.q, b, f, h, t, own.worker, dk, dv);
+        }
+        if (splits == 1) write_keys(c, to, b, group, dk, dv, ld);
     });
-    // Owners of keys first: under some rules those of one frame have all the work.
-    in_turns(k_tasks + e_tasks + q_tasks, count, make, [&](int64_t i, Task& task) {
-        if (i < k_tasks) {
-            const int64_t part = i % k_parts, g = i / k_parts % c.f, group = i / k_parts / c.f % c.groups;
-            const int64_t b = i / k_parts / c.f / c.groups, first = part * kOwned;
-            if (is_absent(c, b, g)) return;
-            task.segments.clear();
-            for (int64_t f = 0; f < c.f; ++f)
-                if (const int64_t n = c.count_of(b, f, g); n > 0)
-                    stream_queries(c, saved, task, b, f, group, n > 1 ? std::log(static_cast<float>(n)) : 0.0f);
-            backward_keys(c, c.at(c.k, b, g, first, group), c.k.token, c.at(c.v, b, g, first, group), c.v.token,
-                          c.at(to.k, b, g, first, group), to.k.token, c.at(to.v, b, g, first, group), to.v.token,
-                          std::min(kOwned, c.s - first), task);
-        } else if ((i -= k_tasks) < e_tasks) {
-            const int64_t part = i % e_parts, x = i / e_parts % extras, group = i / e_parts / extras % c.groups;
-            const int64_t b = i / e_parts / extras / c.groups, first = part * kOwned;
-            if (!c.shared && is_absent(c, b, x)) return;
-            task.segments.clear();
-            for (int64_t f = c.shared ? 0 : x; f < (c.shared ? c.f : x + 1); ++f)
-                if (!is_absent(c, b, f) && c.is_valid(b, f)) stream_queries(c, saved, task, b, f, group, 0.0f);
-            backward_keys(c, c.extra_at(c.extra_k, b, x, first, group), c.extra_k.token,
-                          c.extra_at(c.extra_v, b, x, first, group), c.extra_v.token,
-                          c.extra_at(to.extra_k, b, x, first, group), to.extra_k.token,
-                          c.extra_at(to.extra_v, b, x, first, group), to.extra_v.token, std::min(kOwned, c.e - first),
-                          task);
-        } else {
-            i -= e_tasks;
-            const int64_t part = i % q_parts, f = i / q_parts % c.f, h = i / q_parts / c.f % c.h;
-            const int64_t b = i / q_parts / c.f / c.h;
-            if (!is_absent(c, b, f)) backward_queries(c, saved, to.q, b, f, h, part * kOwned, task);
+    if (splits == 1) return;
+    in_shares(groups, count, [&](int64_t begin, int64_t end, int) {
+        for (int64_t i = begin; i < end; ++i) {
+            float* sum = parts.data() + i * splits * size;
+            for (int64_t split = 1; split < splits; ++split)
+#pragma omp simd
+                for (int64_t j = 0; j < size; ++j) sum[j] += sum[split * size + j];
+            write_keys(c, to, i / c.groups, i % c.groups, sum, sum + size / 2, ld);
         }
     });
 }
