@@ -18,7 +18,7 @@ test: $(VENV)/installed build/triton-3.6 build/transformers-4.57   ## all tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 dev: $(VENV)/installed             ## tools for working on the code
-	$(BIN)/pip install -q -e ".[demo,generate,test,dev]"
+	$(BIN)/pip install -q -e ".[demo,generate,train,test,dev]"
 	$(BIN)/pre-commit install
 
 lint: $(VENV)/lint                 ## ruff and clang-format
@@ -52,13 +52,13 @@ build: $(VENV)/installed           ## wheel and source archive in dist/
 	$(BIN)/python -m build
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fastcontrast/_C*.so demo-output generate-output bench-output gpu-output
+	rm -rf $(VENV) build dist *.egg-info fastcontrast/_C*.so demo-output generate-output train-output bench-output gpu-output
 
 $(VENV)/installed: $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q torch
 	$(BIN)/pip install -q setuptools pybind11
-	$(BIN)/pip install -q -e ".[demo,generate,test]"
+	$(BIN)/pip install -q -e ".[demo,generate,train,test]"
 	$(BIN)/pip install -q --no-deps -r requirements-data.txt
 	touch $@
 

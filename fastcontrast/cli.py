@@ -16,6 +16,8 @@ COMMANDS = {
         "fastcontrast.generation.command",
         "a small language model continues a text, contrastively or otherwise",
     ),
+    "train": ("fastcontrast.recipes._train", "train a recipe on real data that ships inside packages"),
+    "recipes": ("fastcontrast.recipes._list", "the recipes: papers, and the operations that they stand on"),
     "bench": ("fastcontrast.benchmarks._harness", "measure operations against floors and rivals"),
     "doctor": ("fastcontrast.doctor", "what would run here, and why not the rest"),
 }

@@ -1,6 +1,7 @@
 """X-CLIP against its definition: golden values, the dense formula, its invariants, and transformers' own model."""
 
 import random
+from importlib.metadata import version
 from itertools import pairwise
 
 import pytest
@@ -316,6 +317,18 @@ def test_published_sizes():
 # ------------------------------------------------------------------------------------------------------- transformers
 
 
+# transformers 4.57 takes softmaxes in float32 even of a float64 model.
+EXACT = 1e-10 if version("transformers") >= "5" else 2e-6
+
+
+@pytest.fixture
+def double_default():
+    """transformers 4.57 makes the text tower's mask in the default dtype, where float64's lowest number overflows."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture(scope="module")
 def theirs():
     from transformers import XCLIPConfig, XCLIPModel
@@ -343,20 +356,20 @@ def theirs():
 IDS = [[3, 9, 1, 49], [8, 49, 0, 0], [7, 7, 2, 49]]
 
 
-def test_transformers_model_gives_the_same(theirs):
+def test_transformers_model_gives_the_same(theirs, double_default):
     torch.manual_seed(1)
     ids, video = torch.tensor(IDS), torch.randn(2, 3, 3, 16, 16, dtype=torch.float64)
     ours = x_clip.from_transformers(theirs)
     texts = x_clip.text_features(theirs, ids)
     assert not texts.requires_grad
     expected = theirs(input_ids=ids, pixel_values=video)
-    torch.testing.assert_close(ours(video, texts), expected.logits_per_video, rtol=0, atol=1e-10)
-    torch.testing.assert_close(x_clip.unit(ours.encode(video)[0]), expected.video_embeds, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours(video, texts), expected.logits_per_video, rtol=0, atol=EXACT)
+    torch.testing.assert_close(x_clip.unit(ours.encode(video)[0]), expected.video_embeds, rtol=0, atol=EXACT)
     prompted = x_clip.unit(ours.prompt(texts, ours.encode(video)[1]))
-    torch.testing.assert_close(prompted, expected.text_embeds, rtol=0, atol=1e-12)
+    torch.testing.assert_close(prompted, expected.text_embeds, rtol=0, atol=EXACT)
 
 
-def test_transformers_model_has_the_same_gradients(theirs):
+def test_transformers_model_has_the_same_gradients(theirs, double_default):
     torch.manual_seed(2)
     ids, video = torch.tensor(IDS), torch.randn(2, 3, 3, 16, 16, dtype=torch.float64)
     labels = torch.tensor([1, 2])
@@ -370,7 +383,7 @@ def test_transformers_model_has_the_same_gradients(theirs):
     expected["prompt_projection.weight"] = expected["prompt_projection.weight"].T
     assert expected.pop("log_scale").abs() > 0  # they train the scale
     for name, parameter in ours.named_parameters():
-        torch.testing.assert_close(parameter.grad, expected.pop(name), rtol=0, atol=1e-9)
+        torch.testing.assert_close(parameter.grad, expected.pop(name), rtol=EXACT, atol=10 * EXACT)
     assert expected == {}
 
 

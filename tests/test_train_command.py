@@ -1,0 +1,178 @@
+"""`fastcontrast train` and `fastcontrast recipes`: what they measure, write and say."""
+
+import ast
+import importlib
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from fastcontrast import cli, clips, recipes
+from fastcontrast.recipes import _x_clip_picture, _x_clip_run, x_clip
+from fastcontrast.recipes.x_clip import XClip
+
+
+@pytest.fixture
+def noise(monkeypatch) -> dict[str, torch.Tensor]:
+    """Features without videos and net: each frame's are noise around its video's own."""
+    torch.manual_seed(0)
+    count = {video: max(s.last for s in clips.SHOTS if s.video == video) for video in clips.VIDEOS}
+    made = {
+        video: (torch.randn(1, clips.WIDTH, 4, 4) + 0.2 * torch.randn(n, clips.WIDTH, 4, 4)).half()
+        for video, n in count.items()
+    }
+    monkeypatch.setattr(clips, "patch_features", lambda video: made[video])
+    monkeypatch.setattr(
+        clips, "frames", lambda video, height, width: torch.zeros(count[video], height, width, 3, dtype=torch.uint8)
+    )
+    torch.manual_seed(1)
+    texts = torch.nn.functional.normalize(torch.randn(len(_x_clip_run.WAYS), 384), dim=1)
+    monkeypatch.setattr(_x_clip_run, "minilm_features", lambda names: texts)
+    monkeypatch.setattr(_x_clip_run, "BATCH", 6)
+    return made
+
+
+def test_parts_for_training_and_test_do_not_meet():
+    for shot in clips.SHOTS:
+        train, test = (_x_clip_run.span(shot, held_out) for held_out in (False, True))
+        assert (train[0], train[1], test[1]) == (shot.first, test[0], shot.last)
+        assert min(train[1] - train[0], test[1] - test[0]) >= _x_clip_run.FRAMES
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_clips_are_windows_shown_in_every_way(held_out):
+    numbers = {v: torch.arange(300.0)[:, None, None, None] for v in clips.VIDEOS}
+    found, labels, sources = _x_clip_run.draw_clips(numbers, 16, random.Random(0), held_out)
+    found = found.flatten(1).view(16, len(_x_clip_run.WAYS), -1)
+    assert labels.view(16, -1).tolist() == [list(range(len(_x_clip_run.WAYS)))] * 16
+    for ways, (shot, index) in zip(found, sources, strict=True):
+        first, last = _x_clip_run.span(shot, held_out)
+        assert first <= index[0] and index[-1] < last
+        shown = dict(zip(_x_clip_run.WAYS, ways.tolist(), strict=True))
+        assert shown["a video played forward"] == index == sorted(index)
+        assert set(shown["a frozen picture"]) <= set(index) and len(set(shown["a frozen picture"])) == 1
+    if held_out:
+        assert [shot for shot, _ in sources] == [*clips.SHOTS] * 2
+
+
+def test_whitened_features_vary_by_one(noise):
+    white = _x_clip_run.whiten(noise)
+    rows = torch.cat(
+        [white[s.video][slice(*_x_clip_run.span(s, False))].transpose(1, 3).flatten(0, 2) for s in clips.SHOTS]
+    )
+    covariance = rows.T @ rows / len(rows)
+    assert rows.mean(0).abs().max() < 1e-3
+    assert (covariance - covariance.diag().diag()).abs().max() < 1e-2
+    assert covariance.diag().median() > 0.8 and covariance.diag().max() < 1.01
+
+
+def test_the_rival_has_the_same_start_and_sees_frames_apart(noise):
+    torch.manual_seed(0)
+    ours = _x_clip_run.make("x_clip")
+    torch.manual_seed(0)
+    rival = _x_clip_run.make("pooled")
+    shared = rival.state_dict()
+    assert all(torch.equal(x, ours.state_dict()[name]) for name, x in shared.items())
+    assert {name.split(".")[0] for name in ours.state_dict() if name not in shared} == {"mit", "vision"}
+    video, texts = torch.randn(1, 8, _x_clip_run.CHANNELS, 4, 4), torch.randn(3, 384)
+    torch.testing.assert_close(rival(video, texts), rival(video.flip(1), texts), rtol=0, atol=1e-4)
+
+
+def test_accuracy_is_the_share_of_right_clips():
+    class Fixed(torch.nn.Module):
+        def forward(self, video, texts):
+            return video
+
+    labels = torch.arange(len(_x_clip_run.WAYS)).repeat(50)
+    logits = torch.nn.functional.one_hot(labels, len(_x_clip_run.WAYS)).float()
+    logits[labels == 0] = logits[labels == 0].roll(1, 1)  # every clip of the first class goes to the second
+    found = _x_clip_run.accuracy(Fixed(), logits, labels, torch.empty(0))
+    ways = len(_x_clip_run.WAYS)
+    assert found == pytest.approx(
+        dict(zip(["all", *_x_clip_run.WAYS], [1 - 1 / ways, 0, *[1] * (ways - 1)], strict=True))
+    )
+
+
+def test_attention_of_the_picture_is_the_model_s():
+    """The outputs that its weights give are those of the operations."""
+    torch.manual_seed(0)
+    block = x_clip.CrossFrameBlock(8, 1).double()  # one head: the mean over heads is it
+    z = torch.randn(2, 3, 5, 8, dtype=torch.float64)
+    read, told = _x_clip_picture.message_attention(block, z)
+    own = block.message_norm(block.message(z[:, :, 0]))
+    values = block.message_attention.split(own)[2][:, :, 0]
+    torch.testing.assert_close(block.message_attention.out(read @ values), block.message_attention.across_frames(own))
+    # With values of 0 but for the message's 1, a token's output is the weight that it gives to the message.
+    q, k, v = block.attention.split(block.norm1(z))
+    message_key, message_value = block.attention.keys_and_values(block.norm1(block.messages(z))[:, :, None])
+    extra = message_key, torch.ones_like(message_value)
+    weight = x_clip.frame_attention(q, k, torch.zeros_like(v), rule="self", extra=extra)
+    torch.testing.assert_close(told, weight[..., 0, 0])
+
+
+def test_train_writes_and_prints(noise, monkeypatch, tmp_path, capsys, one_thread):
+    monkeypatch.setattr(_x_clip_run, "TEST_CLIPS", 1)
+    assert cli.main(["train", "x_clip", "--steps", "2", "--output", str(tmp_path), "--seed", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"x_clip.safetensors", "x_clip.png", "x_clip.json"}
+    results = json.loads((tmp_path / "x_clip.json").read_text())
+    assert results["steps"] == 2 and results["seed"] == 5 and set(results["models"]) == {"x_clip", "pooled"}
+    for found in results["models"].values():
+        assert len(found["losses"]) == 2 and set(found["after"]) == {"all", *results["classes"]}
+        assert found["after"]["all"] == pytest.approx(
+            sum(found["after"][name] for name in results["classes"]) / len(results["classes"])
+        )
+    assert {"frame_attention", "temporal_attention"} == set(results["models"]["x_clip"]["implementations"])
+    assert set(results["models"]["pooled"]["implementations"]) == {"frame_attention"}
+    assert "right on held-out clips" in printed and "chance" in printed
+    assert (tmp_path / "x_clip.png").read_bytes().startswith(b"\x89PNG")
+    with safe_open(str(tmp_path / "x_clip.safetensors"), "pt") as file:
+        settings = json.loads(file.metadata()["fastcontrast"])
+    model = XClip(x_clip.Settings(**settings["settings"]), settings["scale"])
+    model.load_state_dict(load_file(tmp_path / "x_clip.safetensors"))
+
+
+def test_training_moves_and_repeats(noise, one_thread):
+    features, texts = _x_clip_run.whiten(noise), _x_clip_run.minilm_features([])
+
+    def losses():
+        torch.manual_seed(0)
+        return _x_clip_run.train(_x_clip_run.make("x_clip"), features, texts, 2, 0, "x_clip")
+
+    first = losses()
+    assert first == losses() and len(set(first)) == 2
+
+
+def test_what_is_missing_or_wrong_is_said(monkeypatch, capsys, tmp_path):
+    assert cli.main(["train", "x_clip", "--steps", "0"]) == 2
+    assert capsys.readouterr().err == "fastcontrast train: --steps must be at least 1, got 0\n"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["train", "x_clip", "--output", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("fastcontrast train: the package ") and "requirements-data.txt" in error
+    with pytest.raises(ValueError, match="steps and test clips must be at least 1, got 0 and 3"):
+        _x_clip_run.run(0, output=tmp_path, test_clips=3)
+
+
+def test_recipes_lists_them_all_and_each_runs(capsys):
+    assert cli.main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name, entry in recipes.RECIPES.items():
+        assert name in printed and all(text in printed for text in entry)
+        assert callable(importlib.import_module(f"fastcontrast.recipes.{name}").run)
+
+
+@pytest.mark.parametrize("module", ["__init__", "_list", "_train"])
+def test_the_commands_import_no_recipe_before_it_is_asked_for(module):
+    path = Path(recipes.__file__).with_name(f"{module}.py")
+    imports = [node for node in ast.parse(path.read_text()).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {alias.name for node in imports for alias in node.names} | {node.module for node in imports[1:]
+                                                                       if isinstance(node, ast.ImportFrom)}  # fmt: skip
+    assert names - {None} <= {
+        "annotations", "argparse", "importlib", "sys", "typing", "NamedTuple", "RECIPES", "fastcontrast.data",
+        "MissingDataError",
+    }  # fmt: skip
