@@ -45,18 +45,21 @@ def test_parts_for_training_and_test_do_not_meet():
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_clips_are_windows_shown_in_every_way(held_out):
-    numbers = {v: torch.arange(300.0)[:, None, None, None] for v in clips.VIDEOS}
+    numbers = {video: 1000 * i + torch.arange(300) for i, video in enumerate(clips.VIDEOS)}
     found, labels, sources = _x_clip_run.draw_clips(numbers, 16, random.Random(0), held_out)
-    found = found.flatten(1).view(16, len(_x_clip_run.WAYS), -1)
-    assert labels.view(16, -1).tolist() == [list(range(len(_x_clip_run.WAYS)))] * 16
-    for ways, (shot, index) in zip(found, sources, strict=True):
-        first, last = _x_clip_run.span(shot, held_out)
-        assert first <= index[0] and index[-1] < last
+    assert labels.view(16, -1).tolist() == [[*range(len(_x_clip_run.WAYS))]] * 16
+    for ways, windows in zip(found.unflatten(0, (16, -1)), sources, strict=True):
+        for shot, index in windows:
+            first, last = _x_clip_run.span(shot, held_out)
+            assert first <= index[0] and index[-1] < last and index == sorted(index)
+        own, other = ([1000 * clips.VIDEOS.index(shot.video) + i for i in index] for shot, index in windows)
+        assert windows[0][0] is not windows[1][0]
         shown = dict(zip(_x_clip_run.WAYS, ways.tolist(), strict=True))
-        assert shown["a video played forward"] == index == sorted(index)
-        assert set(shown["a frozen picture"]) <= set(index) and len(set(shown["a frozen picture"])) == 1
+        assert shown["a scene in motion"] == own
+        assert set(shown["a frozen picture"]) < set(own) and len(set(shown["a frozen picture"])) == 1
+        assert shown["a cut to another scene"] in [own[:at] + other[at:] for at in range(2, 7)]
     if held_out:
-        assert [shot for shot, _ in sources] == [*clips.SHOTS] * 2
+        assert [windows[0][0] for windows in sources] == [*clips.SHOTS] * 2
 
 
 def test_whitened_features_vary_by_one(noise):

@@ -47,16 +47,18 @@ def draw(path: Path, model: XClip, features: dict[str, Tensor], results: dict[st
 
     from ._x_clip_run import draw_clips
 
-    shot = 5  # the shot whose frames are clearest when small
-    video, _, sources = draw_clips(features, shot + 1, random.Random(results["seed"] + 2), held_out=True)
-    ways = len(results["classes"])
-    video, (source, index) = video[-ways:], sources[-1]
+    # The same clips of features and of frames' numbers: 1,000 · video + frame.
+    numbers = {video: 1000 * i + torch.arange(len(x)) for i, (video, x) in enumerate(features.items())}
+    ways, shot = len(results["classes"]), 5  # the shot whose frames are clearest when small
+    video, shown = (
+        draw_clips(x, shot + 1, random.Random(results["seed"] + 2), held_out=True)[0][-ways:]
+        for x in (features, numbers)
+    )
     z = model.vision.embed(video)
     for block in model.vision.blocks[:-1]:
         z = block(z)
     read, told = message_attention(model.vision.blocks[-1], z)
-    pictures = clips.frames(source.video, 90, 160)
-    orders = {"a video played backward": index[::-1]}
+    pictures = {i: clips.frames([*features][i], 90, 160) for i in set((shown // 1000).flatten().tolist())}
 
     style = {"font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": LIGHT, "axes.labelcolor": GREY,
              "xtick.color": GREY, "ytick.color": GREY, "font.size": 9}  # fmt: skip
@@ -68,20 +70,20 @@ def draw(path: Path, model: XClip, features: dict[str, Tensor], results: dict[st
         top, bottom = left.subgridspec(2, 1, hspace=0.4)
         _curves(figure.add_subplot(top), results)
         _bars(figure.add_subplot(bottom), results)
-        grid = right.subgridspec(2 * ways, video.shape[1] + 2, hspace=0.12, wspace=0.06)
+        grid = right.subgridspec(2 * ways, video.shape[1] + 2, height_ratios=[0.62, 1] * ways, hspace=0.12, wspace=0.06)
         most, side = told[:, :, 1:].max().item(), round((told.shape[2] - 1) ** 0.5)
         for way, name in enumerate(results["classes"]):
-            for t, frame in enumerate(orders.get(name, index)):
+            for t, number in enumerate(shown[way].tolist()):
                 axes = figure.add_subplot(grid[2 * way, t])
-                _image(axes, pictures[frame])
+                _image(axes, pictures[number // 1000][number % 1000])
                 if t == 0:
                     axes.set_title(name, loc="left", fontweight="bold", fontsize=10)
                 _image(figure.add_subplot(grid[2 * way + 1, t]), told[way, t, 1:].view(side, side), most)
             axes = figure.add_subplot(grid[2 * way : 2 * way + 2, video.shape[1] :])
             _image(axes, read[way], read.max().item())
             axes.set_title("messages: row reads column", fontsize=8, color=GREY)
-        figure.text(0.27, 0.965, f"“{source.text}”, held out; below each frame: how much its patches read its message",
-                    color=GREY)  # fmt: skip
+        text = f"“{clips.SHOTS[shot].text}”, held out; below each frame: how much its patches read its message"
+        figure.text(0.27, 0.965, text, color=GREY)
         figure.savefig(path)
 
 

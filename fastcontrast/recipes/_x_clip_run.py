@@ -1,8 +1,8 @@
-"""X-CLIP trained on real clips: how is a clip shown, and do messages between frames help to tell?
+"""X-CLIP trained on real clips: how is a clip shown, and does it help that frames talk to each other?
 
-Every shot of `fastcontrast.clips` is shown in the ways of `WAYS`, whose texts are the classes. The frames of a shot
-played backward, or one frame shown again and again, look like those of any other clip: who sees each frame alone and
-takes the mean cannot tell. Training takes windows from the first two thirds of every shot, the test from the last.
+Every shot of `fastcontrast.clips` is shown in the ways of `WAYS`, whose texts are the classes. Each frame of a frozen
+picture, or of a clip with a cut, looks like one of any other clip: only frames together tell. Training takes windows
+from the first two thirds of every shot, the test from the last.
 
 A frame's patches are features of EfficientNet-lite0, frozen, whitened along their strongest directions; a small X-CLIP
 with patches of 1 × 1 reads them, against MiniLM's features of the classes' texts. The rival, trained on the same clips
@@ -33,16 +33,24 @@ from .x_clip import Settings, XClip, parameter_groups, warm_up_then_cosine, x_cl
 FRAMES, SHORTEST, LONGEST = 8, 8, 24  # frames a clip; the window that they are taken from
 HELD_OUT = 1 / 3  # of every shot, at its end
 CHANNELS, SHRINK = 64, 0.1  # of whitened features; share of the mean variance that is added to each
-BATCH, STEPS, RATE, DECAY, SCALE = 32, 200, 2e-3, 1e-2, 30.0
+BATCH, STEPS, RATE, DECAY, SCALE = 30, 150, 1.5e-3, 1e-2, 30.0
 TEST_CLIPS = 12  # of every shot, in every way
 SETTINGS = Settings(
     width=96, layers=2, heads=4, joint=WIDTH, joint_heads=6, image=4, patch=1, channels=CHANNELS, frames=FRAMES
 )
 
-WAYS: dict[str, Callable[[Tensor, random.Random], Tensor]] = {
-    "a video played forward": lambda clip, draw: clip,
-    "a video played backward": lambda clip, draw: clip.flip(0),
-    "a frozen picture": lambda clip, draw: clip[draw.randrange(len(clip))].expand_as(clip),
+
+def cut(clip: Tensor, other: Tensor, draw: random.Random) -> Tensor:
+    """The first frames of one clip, the last of another, at least two of each."""
+    at = draw.randint(2, len(clip) - 2)
+    return torch.cat([clip[:at], other[at:]])
+
+
+# How a clip [T, ...] is shown; `other` is one of another shot.
+WAYS: dict[str, Callable[[Tensor, Tensor, random.Random], Tensor]] = {
+    "a scene in motion": lambda clip, other, draw: clip,
+    "a frozen picture": lambda clip, other, draw: clip[draw.randrange(len(clip))].expand_as(clip),
+    "a cut to another scene": cut,
 }
 
 
@@ -141,21 +149,27 @@ def span(shot: clips.Shot, held_out: bool) -> tuple[int, int]:
     return (cut, shot.last) if held_out else (shot.first, cut)
 
 
+def window(shot: clips.Shot, held_out: bool, draw: random.Random) -> list[int]:
+    """The frames of a clip: one of each equal part of a window, at random in the shot's part."""
+    first, last = span(shot, held_out)
+    length = draw.randint(min(SHORTEST, last - first), min(LONGEST, last - first))
+    start = draw.randint(first, last - length)
+    return clips.segment_frames(start, start + length, FRAMES, draw)
+
+
 def draw_clips(
     features: dict[str, Tensor], count: int, draw: random.Random, held_out: bool
-) -> tuple[Tensor, Tensor, list[tuple[clips.Shot, list[int]]]]:
-    """Clips [count · ways, T, channels, h, w], their classes, and where they come from. Shots take turns; the clips of
-    one window in every way stand side by side."""
+) -> tuple[Tensor, Tensor, list[list[tuple[clips.Shot, list[int]]]]]:
+    """Clips [count · ways, T, channels, h, w], their classes, and the shot and frames that they come from, and those of
+    the other clip. Shots take turns in the test; the clips of one window in every way stand side by side."""
     found, sources = [], []
     for i in range(count):
         shot = clips.SHOTS[i % len(clips.SHOTS)] if held_out else draw.choice(clips.SHOTS)
-        first, last = span(shot, held_out)
-        length = draw.randint(min(SHORTEST, last - first), min(LONGEST, last - first))
-        start = draw.randint(first, last - length)
-        index = clips.segment_frames(start, start + length, FRAMES, draw)
-        clip = features[shot.video][index]
-        found += [show(clip, draw) for show in WAYS.values()]
-        sources.append((shot, index))
+        other = draw.choice([x for x in clips.SHOTS if x is not shot])
+        windows = [(x, window(x, held_out, draw)) for x in (shot, other)]
+        pair = [features[x.video][index] for x, index in windows]
+        found += [show(*pair, draw) for show in WAYS.values()]
+        sources.append(windows)
     return torch.stack(found), torch.arange(len(WAYS)).repeat(count), sources
 
 
