@@ -10,7 +10,13 @@ namespace {
 
 // A task owns up to kOwned queries, in lanes, and streams keys and values past them: blocks of kBlockRows rows that are
 // read once for all lanes.
-constexpr int64_t kOwned = 4 * kMostLanes, kBlockRows = 64;
+constexpr int64_t kOwned = 8 * kMostLanes, kBlockRows = 64;
+
+// Queries of a frame in parts of about equal length, whole groups of lanes but for the last.
+int64_t part_of(int64_t queries) {
+    const int64_t parts = (queries + kOwned - 1) / kOwned;
+    return parts ? ((queries + parts - 1) / parts + kMostLanes - 1) / kMostLanes * kMostLanes : kOwned;
+}
 
 // Keys and values that lie in the tensors at equal distances, and the place of their gradients among those of a clip.
 struct Segment {
@@ -116,7 +122,7 @@ FC_VECTOR_CLONES void add_bias(float* scores, const float* bias, int64_t count) 
 
 void forward(const FrameAttention& c, const View& out, float* lse, int64_t b, int64_t f, int64_t h, int64_t first,
              Worker& w) {
-    const int64_t owned = std::min(kOwned, c.t - first), ld = w.ld;
+    const int64_t owned = std::min(part_of(c.t), c.t - first), ld = w.ld;
     float* lse_rows = lse ? lse + (c.row(b, f) * c.h + h) * c.t + first : nullptr;
     stream_keys(c, w, b, f, h / c.heads());
     if (!c.is_valid(b, f) || w.segments.empty()) {
@@ -188,7 +194,7 @@ struct Saved {
 // Writes dq of the owned queries and adds what they give to dk and dv, [gradient_rows, ld].
 void backward(const FrameAttention& c, const Saved& saved, const View& dq, int64_t b, int64_t f, int64_t h,
               int64_t first, Worker& w, float* dk, float* dv) {
-    const int64_t owned = std::min(kOwned, c.t - first), ld = w.ld, place = (c.row(b, f) * c.h + h) * c.t + first;
+    const int64_t owned = std::min(part_of(c.t), c.t - first), ld = w.ld, place = (c.row(b, f) * c.h + h) * c.t + first;
     stream_keys(c, w, b, f, h / c.heads());
     if (!c.is_valid(b, f) || w.segments.empty())
         return zero_rows(c.size(), c.at(dq, b, f, first, h), dq.token, owned, c.d);
@@ -218,8 +224,6 @@ void backward(const FrameAttention& c, const Saved& saved, const View& dq, int64
     write_rows(c.kind, c.at(dq, b, f, first, h), dq.token, owned, c.d, w.sums, ld, 1.0f);
 }
 
-int64_t blocks(int64_t rows) { return (rows + kOwned - 1) / kOwned; }
-
 // Frames of a packed clip that end before the longest one's are another clip's.
 bool is_absent(const FrameAttention& c, int64_t b, int64_t f) { return c.starts && c.starts[b] + f >= c.starts[b + 1]; }
 
@@ -242,13 +246,13 @@ void write_keys(const FrameAttention& c, const FrameGradients& to, int64_t b, in
 }  // namespace
 
 void frame_attention(const FrameAttention& c, const View& out, float* lse, int threads) {
-    const int64_t parts = blocks(c.t), tasks = c.b * c.f * c.h * parts;
-    const int count = team(threads, tasks * std::min(c.t, kOwned) * (c.s + c.e) * c.d);
+    const int64_t part = part_of(c.t), parts = (c.t + part - 1) / part, tasks = c.b * c.f * c.h * parts;
+    const int count = team(threads, tasks * part * (c.s + c.e) * c.d);
     const auto make = [&] { return Worker(c.d, false); };
     in_turns(tasks, count, make, [&](int64_t i, Worker& w) {
         // Neighbours in time read the same keys: first the parts of a frame, then the frames, then the heads.
-        const int64_t part = i % parts, f = i / parts % c.f, h = i / parts / c.f % c.h, b = i / parts / c.f / c.h;
-        if (!is_absent(c, b, f)) forward(c, out, lse, b, f, h, part * kOwned, w);
+        const int64_t f = i / parts % c.f, h = i / parts / c.f % c.h, b = i / parts / c.f / c.h;
+        if (!is_absent(c, b, f)) forward(c, out, lse, b, f, h, i % parts * part, w);
     });
 }
 
@@ -274,7 +278,8 @@ void frame_attention_backward(const FrameAttention& c, const View& out, const Vi
         for (int64_t f = split; f < c.f; f += splits) {
             if (is_absent(c, b, f)) continue;
             for (int64_t h = group * c.heads(); h < (group + 1) * c.heads(); ++h)
-                for (int64_t t = 0; t < c.t; t += kOwned) backward(c, saved, to.q, b, f, h, t, own.worker, dk, dv);
+                for (int64_t t = 0; t < c.t; t += part_of(c.t))
+                    backward(c, saved, to.q, b, f, h, t, own.worker, dk, dv);
         }
         if (splits == 1) write_keys(c, to, b, group, dk, dv, ld);
     });

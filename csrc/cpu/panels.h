@@ -19,11 +19,16 @@ FC_INLINE void dots(const float* __restrict rows, int64_t stride, int64_t count,
                     int64_t d, float* __restrict out, Fetch fetch) {
     for (int64_t i = 0; i < count; i += kRows) {
         const float* row[kRows];
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) {
             row[r] = rows + std::min(i + r, count - 1) * stride;
             fetch(i, r);
         }
-        float a[kRows][W] = {};
+        float a[kRows][W];  // indexed by constants alone, or it would live in memory
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma omp simd
+            for (int l = 0; l < W; ++l) a[r][l] = 0.0f;
         for (int64_t j = 0; j < d; ++j)
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
@@ -31,9 +36,11 @@ FC_INLINE void dots(const float* __restrict rows, int64_t stride, int64_t count,
 #pragma omp simd
                 for (int l = 0; l < W; ++l) a[r][l] += x * lanes[j * W + l];
             }
-        for (int r = 0; r < std::min<int64_t>(kRows, count - i); ++r)
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+            if (i + r < count)
 #pragma omp simd
-            for (int l = 0; l < W; ++l) out[(i + r) * W + l] = a[r][l];
+                for (int l = 0; l < W; ++l) out[(i + r) * W + l] = a[r][l];
     }
 }
 

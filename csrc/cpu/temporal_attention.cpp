@@ -247,10 +247,19 @@ void write_extra(const FrameAttention& c, const FrameGradients& to, const std::v
 
 // Frames at a multiple of this many bytes share the few places that caches and page tables have for them: each row then
 // costs a walk through the page tables. There a block of positions, all heads, is copied to a stage as it lies.
-constexpr int64_t kPeriod = 32 << 10, kStage = 384 << 10, kFewFrames = 4;
+constexpr int64_t kPeriod = 128 << 10, kStage = 384 << 10, kFewFrames = 4;
 
 bool is_periodic(const FrameAttention& c, const View& x) {
     return c.f > kFewFrames && x.head < x.token && x.frame && x.frame * c.size() % kPeriod == 0;
+}
+
+// Fetches the rows of a problem, of `heads` heads in each group, while another is computed.
+void fetch(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t heads) {
+    for (const int32_t f : w.table.frames)
+        for (int64_t h = at.g * heads; h < (at.g + 1) * heads; ++h) {
+            const char* row = c.at(x, at.b, f, at.t, h);
+            for (int64_t j = 0; j < c.d * c.size(); j += 64) __builtin_prefetch(row + j, 0, 2);
+        }
 }
 
 // A view of a copy of positions [t, t + ts) of clip b, with the indices of the whole.
@@ -296,15 +305,22 @@ void solve(const FrameAttention& c, const Tensors& x, bool backward, int threads
     const int64_t ts = staged ? std::clamp<int64_t>(kStage / std::max<int64_t>(bytes, 1), 1, c.t) : 1;
     const bool by_heads = !staged && x.k.head > x.k.token;
     const int64_t blocks = (c.t + ts - 1) / ts;
+    const auto number = [&](int64_t i) {
+        return by_heads ? Problem{i / c.t / c.groups, i % c.t, i / c.t % c.groups}
+                        : Problem{i / c.groups / c.t, i / c.groups % c.t, i % c.groups};
+    };
     in_shares(staged ? c.b * blocks : c.b * c.t * c.groups, threads, [&](int64_t begin, int64_t end, int thread) {
         if (begin == end) return;
         Worker w(c, backward);
         std::vector<char> memory(staged ? tensors * c.f * (ts * c.h * c.d * c.size() + 256) + 64 : 0);
         for (int64_t i = begin; i < end; ++i) {
             if (!staged) {
-                const Problem at = by_heads ? Problem{i / c.t / c.groups, i % c.t, i / c.t % c.groups}
-                                            : Problem{i / c.groups / c.t, i / c.groups % c.t, i % c.groups};
+                const Problem at = number(i);
                 if (w.table.clip != at.b) tabulate(c, at.b, w.table);
+                if (const Problem next = number(i + 1); i + 1 < end && next.b == at.b) {
+                    fetch(c, x.q, w, next, c.heads()), fetch(c, x.k, w, next, 1), fetch(c, x.v, w, next, 1);
+                    if (backward) fetch(c, x.dout, w, next, c.heads());
+                }
                 fn(w, x, at);
                 continue;
             }
