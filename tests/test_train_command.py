@@ -4,6 +4,7 @@ import ast
 import importlib
 import json
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -73,16 +74,24 @@ def test_whitened_features_vary_by_one(noise):
     assert covariance.diag().median() > 0.8 and covariance.diag().max() < 1.01
 
 
-def test_the_rival_has_the_same_start_and_sees_frames_apart(noise):
-    torch.manual_seed(0)
-    ours = _x_clip_run.make("x_clip")
-    torch.manual_seed(0)
-    rival = _x_clip_run.make("pooled")
-    shared = rival.state_dict()
-    assert all(torch.equal(x, ours.state_dict()[name]) for name, x in shared.items())
-    assert {name.split(".")[0] for name in ours.state_dict() if name not in shared} == {"mit", "vision"}
+def test_models_have_the_same_start_and_the_last_sees_frames_apart():
+    made = {}
+    for name in _x_clip_run.KINDS:
+        torch.manual_seed(0)
+        made[name] = _x_clip_run.make(name)
+    ours = made["x_clip"].state_dict()
+    lacks = {
+        name: {key.split(".")[0] + (".message" if ".message" in key else "") for key in ours if key not in shared}
+        for name, shared in ((name, model.state_dict()) for name, model in made.items())
+    }
+    assert lacks == {
+        "x_clip": set(), "messages": {"mit"}, "integration": {"vision.message"}, "pooled": {"mit", "vision.message"},
+    }  # fmt: skip
+    assert all(torch.equal(x, ours[key]) for model in made.values() for key, x in model.state_dict().items())
     video, texts = torch.randn(1, 8, _x_clip_run.CHANNELS, 4, 4), torch.randn(3, 384)
-    torch.testing.assert_close(rival(video, texts), rival(video.flip(1), texts), rtol=0, atol=1e-4)
+    frames = torch.cat([made["pooled"].encode(frame)[0] for frame in video.split(1, 1)])
+    torch.testing.assert_close(made["pooled"].encode(video)[0][0], frames.mean(0), rtol=0, atol=1e-5)
+    assert made["pooled"](video, texts).shape == (1, 3)
 
 
 def test_accuracy_is_the_share_of_right_clips():
@@ -123,7 +132,7 @@ def test_train_writes_and_prints(noise, monkeypatch, tmp_path, capsys, one_threa
     printed = capsys.readouterr().out
     assert {path.name for path in tmp_path.iterdir()} == {"x_clip.safetensors", "x_clip.png", "x_clip.json"}
     results = json.loads((tmp_path / "x_clip.json").read_text())
-    assert results["steps"] == 2 and results["seed"] == 5 and set(results["models"]) == {"x_clip", "pooled"}
+    assert results["steps"] == 2 and results["seed"] == 5 and set(results["models"]) == set(_x_clip_run.KINDS)
     for found in results["models"].values():
         assert len(found["losses"]) == 2 and set(found["after"]) == {"all", *results["classes"]}
         assert found["after"]["all"] == pytest.approx(
@@ -179,3 +188,16 @@ def test_the_commands_import_no_recipe_before_it_is_asked_for(module):
         "annotations", "argparse", "importlib", "sys", "typing", "NamedTuple", "RECIPES", "fastcontrast.data",
         "MissingDataError",
     }  # fmt: skip
+
+
+def test_the_readme_quotes_the_committed_run():
+    root = Path(__file__).parents[1]
+    run = json.loads((root / "benchmarks" / "results" / "train_x_clip.json").read_text())
+    prose = " ".join((root / "README.md").read_text().split())
+    right = {name: f"{100 * run['models'][name]['after']['all']:.1f} %" for name in _x_clip_run.KINDS}
+    assert f"{right['x_clip']} right on {run['test_clips']} clips" in prose
+    assert f"{right['messages']} with messages only, {right['integration']} with the integration only" in prose
+    assert f"{right['pooled']} if frames are apart and pooled" in prose
+    assert f"chance {100 / len(run['classes']):.1f} %" in prose and f"in {run['seconds']:.0f} s on two" in prose
+    assert run["settings"] == asdict(_x_clip_run.SETTINGS) and run["classes"] == [*_x_clip_run.WAYS]
+    assert (run["steps"], run["batch"]) == (_x_clip_run.STEPS, _x_clip_run.BATCH)

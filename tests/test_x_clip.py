@@ -303,8 +303,7 @@ def test_scale_is_frozen():
 
 
 def test_published_sizes():
-    """Parameters of the released towers of vision, multi-frame block and prompts, from their shapes on the meta
-    device; tokens a frame from the paper's table."""
+    """Tokens a frame and head widths of the paper's table, on the meta device."""
     tokens = {}
     for name, settings in x_clip.SETTINGS.items():
         with torch.device("meta"):

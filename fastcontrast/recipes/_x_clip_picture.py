@@ -15,11 +15,11 @@ from torch import Tensor
 
 from fastcontrast import clips
 
+from ._x_clip_run import KINDS, draw_clips
 from .x_clip import CrossFrameBlock, XClip
 
 INK, GREY, LIGHT = "#1b1f24", "#6b7280", "#d8dce2"
-COLOURS = {"x_clip": "#2563eb", "pooled": "#9ca3af"}
-LABELS = {"x_clip": "X-CLIP", "pooled": "CLIP, frames pooled"}
+COLOURS = {"x_clip": "#2563eb", "messages": "#15a34a", "integration": "#d97706", "pooled": "#9ca3af"}
 
 
 @torch.no_grad()
@@ -45,8 +45,6 @@ def draw(path: Path, model: XClip, features: dict[str, Tensor], results: dict[st
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # Agg by itself: pyplot's backend stays as it is
     from matplotlib.figure import Figure
 
-    from ._x_clip_run import draw_clips
-
     # The same clips of features and of frames' numbers: 1,000 · video + frame.
     numbers = {video: 1000 * i + torch.arange(len(x)) for i, (video, x) in enumerate(features.items())}
     ways, shot = len(results["classes"]), 5  # the shot whose frames are clearest when small
@@ -63,7 +61,7 @@ def draw(path: Path, model: XClip, features: dict[str, Tensor], results: dict[st
     style = {"font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": LIGHT, "axes.labelcolor": GREY,
              "xtick.color": GREY, "ytick.color": GREY, "font.size": 9}  # fmt: skip
     with rc_context(style):
-        figure = Figure(figsize=(15, 2.0 + 2.2 * ways), dpi=110, facecolor="white")
+        figure = Figure(figsize=(15, 1.2 + 1.85 * ways), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
         left, right = figure.add_gridspec(1, 2, width_ratios=(1, 3.4), wspace=0.08, left=0.04, right=0.99, top=0.92,
                                           bottom=0.06)  # fmt: skip
@@ -97,7 +95,13 @@ def _image(axes: Any, values: Tensor, most: float | None = None) -> None:
 
 def _curves(axes: Any, results: dict[str, Any]) -> None:
     for name, found in results["models"].items():
-        axes.plot(range(1, len(found["losses"]) + 1), found["losses"], color=COLOURS[name], label=LABELS[name])
+        axes.plot(
+            range(1, len(found["losses"]) + 1),
+            found["losses"],
+            color=COLOURS[name],
+            label=KINDS[name].label,
+            linewidth=1,
+        )
     axes.set_title("training loss", loc="left", fontweight="bold", fontsize=10)
     axes.set_xlabel("step")
     axes.legend(frameon=False, fontsize=8)
@@ -107,11 +111,11 @@ def _curves(axes: Any, results: dict[str, Any]) -> None:
 def _bars(axes: Any, results: dict[str, Any]) -> None:
     ways = ["all", *results["classes"]]
     for place, (name, found) in enumerate(results["models"].items()):
-        at = [x + 0.38 * (place - 0.5) for x in range(len(ways))]
+        at = [x + 0.21 * (place - 1.5) for x in range(len(ways))]
         heights = [100 * found["after"][way] for way in ways]
-        axes.bar(at, heights, width=0.36, color=COLOURS[name])
+        axes.bar(at, heights, width=0.2, color=COLOURS[name])
         for x, height in zip(at, heights, strict=True):
-            axes.annotate(f"{height:.0f}", (x, height), (0, 2), textcoords="offset points", ha="center", fontsize=7.5)
+            axes.annotate(f"{height:.0f}", (x, height), (0, 2), textcoords="offset points", ha="center", fontsize=5.5)
     axes.axhline(100 / len(results["classes"]), color=GREY, linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(ways)), [textwrap.fill(way, 12) for way in ways], fontsize=7.5)
     axes.set_title("right on held-out clips, %; dotted: chance", loc="left", fontweight="bold", fontsize=10)

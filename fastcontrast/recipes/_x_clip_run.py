@@ -5,8 +5,9 @@ picture, or of a clip with a cut, looks like one of any other clip: only frames 
 from the first two thirds of every shot, the test from the last.
 
 A frame's patches are features of EfficientNet-lite0, frozen, whitened along their strongest directions; a small X-CLIP
-with patches of 1 × 1 reads them, against MiniLM's features of the classes' texts. The rival, trained on the same clips
-in the same order from the same start, is CLIP with pooled frames: no messages, v = mean_t f.
+with patches of 1 × 1 reads them, against MiniLM's features of the classes' texts. Frames meet in two places, in their
+messages and in the multi-frame integration. So there are three rivals, trained on the same clips from the same start:
+without the one, without the other, and without both, which is CLIP with pooled frames, v = mean_t f.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +55,24 @@ WAYS: dict[str, Callable[[Tensor, Tensor, random.Random], Tensor]] = {
 }
 
 
+class Kind(NamedTuple):
+    """A model: its name in print, and where its frames meet."""
+
+    label: str
+    messages: bool
+    integration: bool
+
+
+KINDS = {
+    "x_clip": Kind("X-CLIP", True, True),
+    "messages": Kind("messages only", True, False),
+    "integration": Kind("integration only", False, True),
+    "pooled": Kind("CLIP, frames pooled", False, False),
+}
+
+
 class MeanOfFrames(nn.Module):
-    """v = mean_t f: what stands in for the multi-frame integration in CLIP with pooled frames."""
+    """v = mean_t f: what stands in for the multi-frame integration."""
 
     def forward(self, f: Tensor) -> Tensor:  # [B, T, E]
         return f.mean(1)
@@ -68,7 +85,7 @@ def run(
     seed: int = 0,
     test_clips: int | None = None,
 ) -> dict[str, Any]:
-    """Trains both models, prints what they tell of held-out clips, writes weights, a picture and the results as JSON.
+    """Trains the models, prints what they tell of held-out clips, writes weights, a picture and the results as JSON.
 
     Raises MissingDataError if a package is not installed, ValueError if there is nothing to do.
     """
@@ -88,7 +105,7 @@ def run(
 
     results: dict[str, Any] = {"recipe": "x_clip", "classes": [*WAYS], "steps": steps, "seed": seed, "models": {}}
     models: dict[str, XClip] = {}
-    for name in ("x_clip", "pooled"):
+    for name in KINDS:
         torch.manual_seed(seed)
         model = models[name] = make(name)
         before = accuracy(model, test, labels, texts)
@@ -116,13 +133,14 @@ def run(
 
 
 def make(name: str) -> XClip:
-    """The model, or its rival with the same weights where both have them, if seeded alike."""
+    """One of `KINDS`; seeded alike, they have the same weights where they have the same parts."""
     model = XClip(SETTINGS, SCALE)
-    if name == "pooled":
-        apart = XClip(replace(SETTINGS, messages=False), SCALE)
-        apart.load_state_dict({key: x for key, x in model.state_dict().items() if ".message" not in key})
-        apart.mit = MeanOfFrames()
-        return apart
+    if not KINDS[name].messages:
+        whole = model.state_dict()
+        model = XClip(replace(SETTINGS, messages=False), SCALE)
+        model.load_state_dict({key: x for key, x in whole.items() if ".message" not in key})
+    if not KINDS[name].integration:
+        model.mit = MeanOfFrames()
     return model
 
 
@@ -210,10 +228,9 @@ def accuracy(model: XClip, test: Tensor, labels: Tensor, texts: Tensor) -> dict[
 
 def print_results(results: dict[str, Any]) -> None:
     print(f"\n{'right on held-out clips, %':<32}{'before':>8}{'after':>8}")
-    for name, label in (("x_clip", "X-CLIP"), ("pooled", "CLIP, frames pooled")):
-        found = results["models"][name]
+    for name, found in results["models"].items():
         for way in found["after"]:
-            start = label if way == "all" else f"  {way}"
+            start = KINDS[name].label if way == "all" else f"  {way}"
             print(f"{start:<32}{100 * found['before'][way]:8.1f}{100 * found['after'][way]:8.1f}")
         tail = found["losses"][-10:]
         print(f"  loss {found['losses'][0]:.2f} → {sum(tail) / len(tail):.2f}")
