@@ -61,7 +61,7 @@ def draw(path: Path, model: XClip, features: dict[str, Tensor], results: dict[st
     style = {"font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": LIGHT, "axes.labelcolor": GREY,
              "xtick.color": GREY, "ytick.color": GREY, "font.size": 9}  # fmt: skip
     with rc_context(style):
-        figure = Figure(figsize=(15, 1.2 + 1.85 * ways), dpi=110, facecolor="white")
+        figure = Figure(figsize=(15, 1.3 + 2.0 * ways), dpi=110, facecolor="white")
         FigureCanvasAgg(figure)
         left, right = figure.add_gridspec(1, 2, width_ratios=(1, 3.4), wspace=0.08, left=0.04, right=0.99, top=0.92,
                                           bottom=0.06)  # fmt: skip
@@ -79,7 +79,8 @@ def draw(path: Path, model: XClip, features: dict[str, Tensor], results: dict[st
                 _image(figure.add_subplot(grid[2 * way + 1, t]), told[way, t, 1:].view(side, side), most)
             axes = figure.add_subplot(grid[2 * way : 2 * way + 2, video.shape[1] :])
             _image(axes, read[way], read.max().item())
-            axes.set_title("messages: row reads column", fontsize=8, color=GREY)
+            if way == 0:
+                axes.set_title("messages: row reads column", fontsize=8, color=GREY)
         text = f"“{clips.SHOTS[shot].text}”, held out; below each frame: how much its patches read its message"
         figure.text(0.27, 0.965, text, color=GREY)
         figure.savefig(path)
