@@ -1,5 +1,6 @@
 """Contrastive learning and contrastive decoding that never store what they need not store."""
 
+from .attention import CrossFrameAttention
 from .decoding import adacad, cad, cfg, contrastive_decoding, contrastive_search, dola, generate
 from .grad_cache import GradCache
 from .losses import (
@@ -26,6 +27,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ClipLoss",
+    "CrossFrameAttention",
     "DistillLoss",
     "GradCache",
     "InfoNCELoss",

@@ -113,6 +113,7 @@ def test_an_operation_has_its_files(op):
 FORBIDDEN = {
     "triton", "transformers", "sentence_transformers", "open_clip", "lightning", "pytorch_lightning", "torchvision",
     "PIL", "matplotlib", "tqdm", "scipy", "sklearn", "pandas", "safetensors", "hypothesis", "pytest",
+    "diffusers", "av",
 }  # fmt: skip
 
 IMPORT = """
