@@ -9,6 +9,7 @@ dk = scale · Σ dS · q, dv = Σ P · dout. Every dk and dv is summed by one ow
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -149,31 +150,33 @@ def _problem(clips: Clips):
 
 
 def _native_forward(op: str, clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor]:
-    out, lse = empty_forward(clips, need_lse)
+    out, lse = empty_forward(clips, need_lse, empty_like)
     run = getattr(native, op)
     run(_problem(clips), *_views(out), address(lse if need_lse else None), torch.get_num_threads())
     return out, lse
 
 
 def _native_backward(op: str, clips: Clips, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None):
-    gradients = empty_backward(clips)
+    gradients = empty_backward(clips, empty_like)
     addresses, strides = _views(out, dout, *gradients)
     run = getattr(native, f"{op}_backward")
     run(_problem(clips), addresses, strides, address(lse), address(dlse), torch.get_num_threads())
     return gradients
 
 
-def empty_forward(clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor]:
+def empty_forward(
+    clips: Clips, need_lse: bool, like: Callable[[Tensor], Tensor] = torch.empty_like
+) -> tuple[Tensor, Tensor]:
     """`out` has the order of dimensions that q has in memory; without need of it, `lse` is empty."""
     b, f, t, h, _ = clips.q.shape
     shape = (b, f, h, t) if need_lse else (0,)
-    return empty_like(clips.q), clips.q.new_empty(shape, dtype=wide(clips.q.dtype))
+    return like(clips.q), clips.q.new_empty(shape, dtype=wide(clips.q.dtype))
 
 
-def empty_backward(clips: Clips) -> tuple[Tensor | None, ...]:
+def empty_backward(clips: Clips, like: Callable[[Tensor], Tensor] = torch.empty_like) -> tuple[Tensor | None, ...]:
     """dq, dk, dv and the gradients of the extra keys: dense, also where the input is expanded."""
     tensors = (clips.q, clips.k, clips.v, clips.extra_k, clips.extra_v)
-    return tuple(None if x is None else empty_like(x) for x in tensors)
+    return tuple(None if x is None else like(x) for x in tensors)
 
 
 # -------------------------------------------------------------------------------------------- torch.library, autograd

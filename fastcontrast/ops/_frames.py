@@ -124,21 +124,15 @@ def _packed(op: str, cu_frames: Any, max_frames: Any, q: Tensor) -> tuple[Tensor
             raise ValueError(f"{op}: cu_frames must rise from 0 to the {q.shape[1]} frames of q, got {starts.tolist()}")
         longest = int(lengths.max()) if len(lengths) else 0
         if max_frames is not None and max_frames < longest:
-            raise ValueError(
-                f"{op}: max_frames must be at least {longest}, the longest clip of cu_frames, got {max_frames}"
-            )
+            raise ValueError(f"{op}: max_frames must be at least {longest}, the longest clip's, got {max_frames}")
         return starts, longest
     return starts, int(starts.diff().max()) if max_frames is None else max_frames
 
 
 def _mask(op: str, frame_mask: Any, q: Tensor) -> Tensor:
     if not isinstance(frame_mask, Tensor) or frame_mask.dtype != torch.bool:
-        got = (
-            str(frame_mask.dtype).removeprefix("torch.")
-            if isinstance(frame_mask, Tensor)
-            else type(frame_mask).__name__
-        )
-        raise TypeError(f"{op}: frame_mask must be a bool tensor, got {got}")
+        got = getattr(frame_mask, "dtype", type(frame_mask).__name__)
+        raise TypeError(f"{op}: frame_mask must be a bool tensor, got {str(got).removeprefix('torch.')}")
     if frame_mask.shape != q.shape[:2]:
         raise ValueError(f"{op}: frame_mask must be {list(q.shape[:2])} like q, got {list(frame_mask.shape)}")
     check.same_kind(op, "frame_mask", frame_mask, q, dtype=False, like_name="q")

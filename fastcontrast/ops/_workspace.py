@@ -87,9 +87,7 @@ def buffer(numel: int) -> Tensor:
 
 
 def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like(x)`; where it is large and float32, on a CPU, from the pool of buffers."""
-    if x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * 4 not in POOLED_RESULTS:
-        return torch.empty_like(x)
-    if native is None or torch.compiler.is_compiling():
+    """`torch.empty_like(x)` of a real tensor; where it is large and float32, on a CPU, from the pool of buffers."""
+    if native is None or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * 4 not in POOLED_RESULTS:
         return torch.empty_like(x)
     return buffer(x.numel()).as_strided(x.shape, torch.empty_like(x, device="meta").stride())

@@ -145,7 +145,9 @@ def count_matrix(rule: Rule | str, frames: int, lengths: Tensor | None = None, d
     f = torch.arange(frames, device=device)
     length = torch.full((1, 1, 1), frames, device=device) if lengths is None else lengths.long()[:, None, None]
     count = rule.count(f[:, None], f[None], length).to(device=device, dtype=torch.int32)
-    if lengths is None and count.ndim == 3 and len(count) == 1:
+    if lengths is not None:
+        count = count.expand(len(lengths), frames, frames)
+    elif count.ndim == 3 and len(count) == 1:
         count = count[0]
     count = count.expand(*count.shape[:-2], frames, frames).contiguous()
     if constant:
