@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 diffusers = pytest.importorskip("diffusers")
 
+from copies import Copies  # noqa: E402
 from diffusers.models.attention import FreeNoiseTransformerBlock  # noqa: E402
 from diffusers.models.attention_processor import (  # noqa: E402
     Attention,
@@ -265,6 +266,21 @@ def test_clips_by_their_number_or_by_their_frames():
     assert theirs(attn, x[:1]).shape == (1, 5, 12)
 
 
+def test_no_keys_are_repeated():
+    attn, x = peaked(Attention(12, heads=3, dim_head=4)), numbers(6, 5, 12, dtype=torch.float32)
+
+    def copied(processor):
+        attn.set_processor(processor)
+        with torch.no_grad(), Copies(x.numel()) as copies:
+            attn(x)
+        return copies.names
+
+    assert copied(zero.CrossFrameAttnProcessor2_0()).count("index") == 2
+    assert copied(SparseCausal()).count("cat") == 2
+    for processor in (FirstFrameProcessor(), FirstPreviousProcessor(), FrameProcessor("all")):
+        assert copied(processor) == []
+
+
 # --------------------------------------------------------------------------------------------------- temporal blocks
 
 
@@ -377,6 +393,20 @@ def test_a_motion_module(changes):
         torch.testing.assert_close(three_frames(model, x), theirs[0], rtol=0, atol=1e-11)
         last = x.to(memory_format=torch.channels_last)
         torch.testing.assert_close(three_frames(model, last), theirs[0], rtol=0, atol=1e-11)
+
+
+def test_what_a_patched_module_copies():
+    model, x = module().float(), numbers(6, 8, 4, 5, dtype=torch.float32)
+
+    def copied(x):
+        with torch.no_grad(), Copies(x.numel()) as copies:
+            three_frames(model, x)
+        return len(copies.names)
+
+    assert copied(x) == 3
+    patch_motion(model)
+    assert copied(x) == 2
+    assert copied(x.to(memory_format=torch.channels_last)) == 0
 
 
 def test_a_patched_module_follows_the_processors_rule():

@@ -12,6 +12,8 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
+from copies import Copies  # noqa: E402
+
 from fastcontrast.integrations.transformers import patch_video, runs_patched, unpatch_video  # noqa: E402
 from fastcontrast.ops import trace  # noqa: E402
 
@@ -251,6 +253,26 @@ def test_gradient_checkpointing(case):
     with trace() as once:
         run(model.eval(), pixels)
     assert len(ran) == 2 * len(once)
+
+
+@pytest.mark.parametrize("case, left", [("x_clip_vision", 0), ("timesformer", 2)])
+def test_what_a_layer_copies(case, left):
+    """TimeSformer's two: tokens behind the CLS token that did not attend with them."""
+    model, masks = CASES[case][0](), 1 if transformers.__version__ >= "5" else 2
+    if case == "timesformer":
+        tokens, arguments = frames(2, 1 + 4 * 3, 24), ()
+    else:
+        tokens, arguments = frames(6, 5, 24), (None,) * masks
+    layer = layers(model)[0]
+
+    def copied():
+        with torch.no_grad(), Copies(tokens.numel() // 2) as copies:
+            layer(tokens, *arguments)
+        return len(copies.names)
+
+    assert copied() > left
+    patch_video(model)
+    assert copied() == left
 
 
 def test_half_precision():

@@ -300,9 +300,9 @@ def _motion_block(block: BasicTransformerBlock, x: Tensor) -> Tensor:  # [B, F, 
 def patch_motion(model: nn.Module) -> Patch:
     """Makes AnimateDiff's motion modules keep tokens as `(b f) t c`, in which temporal attention reads them in place.
 
-    Of three copies of all tokens a module, one is left, the group norm's own. Gone are the one to `(b t) f c`, where no
-    gradient is asked for (else the product in front of the blocks makes it), and the one back, which the residual sum
-    now reads in place; attention is `temporal_attention`, and with a `TemporalProcessor` set, under its rule.
+    Of three copies of all tokens a module, two are left: the group norm's own, and one in front of the first product;
+    on a CPU none, where the images are channels-last. The one back is gone, for the residual sum reads the tokens in
+    place. Attention is `temporal_attention`, under the rule of a `TemporalProcessor` if one is set.
 
     Outputs and gradients are the same to rounding. A module runs the original code where its blocks are not plain ones
     (FreeNoise, chunked feed-forward, dropout in training, processors of others such as an IP-Adapter's), or where it is
