@@ -43,12 +43,12 @@ def view_of_lse(x: Tensor | None) -> View:
     return view(None if x is None or x.ndim != 4 else x.transpose(2, 3)[..., None])
 
 
-def chunks(width: int) -> tuple[int, int]:
-    """BD and TAIL that cover a width; products of the matrix units want at least 16."""
+def chunks(width: int, most: int = 160) -> tuple[int, int]:
+    """BD and TAIL that cover a width, two of them up to `most`; products of the matrix units want at least 16."""
     whole = max(16, triton.next_power_of_2(width))
     half = whole // 2
     tail = max(16, triton.next_power_of_2(max(width - half, 1)))
-    return (half, tail) if half >= 32 and half + tail < whole else (whole, 0)
+    return (half, tail) if half >= 32 and half + tail < whole and half + tail <= most else (whole, 0)
 
 
 def alignment(views: Iterable[View], width: int) -> int:
@@ -64,10 +64,10 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if kind_of(dtype) == "tf32" else "tf32x3" if dtype == torch.float32 else "ieee"
 
 
-def constants(clips: Any, views: Iterable[View]) -> dict[str, Any]:
+def constants(clips: Any, views: Iterable[View], most: int = 160) -> dict[str, Any]:
     """What every kernel takes of a problem, `ops._frames.Clips`."""
     dtype, width = clips.q.dtype, clips.q.shape[4]
-    bd, tail = chunks(width)
+    bd, tail = chunks(width, most)
     return {
         "GROUP": clips.q.shape[3] // max(1, clips.k.shape[3]), "D": width, "BD": bd, "TAIL": tail,
         "ALIGN": alignment(views, width), "PRECISION": precision(dtype),

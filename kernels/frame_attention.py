@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Case, Launch, meta
+from ._common import Case, Launch, architecture, gpu_of, meta
 from ._frames import (
     LN2,
     LOG2E,
@@ -403,7 +403,7 @@ def extra_kernel(
 
 
 class Tile(NamedTuple):
-    """Queries by keys, and what of them is the owner's is the first number of the two that a kernel names."""
+    """Queries by keys."""
 
     queries: int
     keys: int
@@ -411,24 +411,54 @@ class Tile(NamedTuple):
     stages: int
 
 
-HALF = {  # up to this width; forward, dq, and dk with dv
-    64: (Tile(128, 64, 4, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    128: (Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(64, 64, 8, 2)),
-    256: (Tile(64, 64, 4, 2), Tile(64, 32, 4, 1), Tile(32, 64, 8, 1)),
+class Tiles(NamedTuple):
+    forward: Tile
+    queries: Tile
+    keys: Tile
+
+
+# Up to this width, that of both chunks. What spills nothing, the largest of that: `make gate` shows registers.
+HALF = {
+    "sm_80": {
+        64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1)),
+        96: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        128: Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
+        256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+    "sm_90": {
+        48: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
+        96: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
+        160: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 64, 8, 1)),
+        256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
+    "sm_100": {
+        48: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
+        96: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        128: Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
+        160: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 64, 8, 1)),
+        256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
+    },
 }
 FLOAT32 = {
-    64: (Tile(64, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    128: (Tile(32, 32, 4, 1), Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)),
-    256: (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),
+    64: Tiles(Tile(64, 32, 8, 1), Tile(16, 32, 4, 1), Tile(16, 16, 4, 1)),
+    128: Tiles(Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
+    256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-FORWARD, QUERIES, KEYS = range(3)
+TWO_CHUNKS = {"sm_80": 96, "sm_90": 160, "sm_100": 160}  # widths up to which two are better than one
 ROWS = 64  # of a tile that is only read and added up
 FEW_EXTRAS = 16
 
 
-def tile_of(clips: Any, kernel: int) -> Tile:
-    width, table = sum(chunks(clips.q.shape[4])), FLOAT32 if clips.q.dtype == torch.float32 else HALF
-    return next(tiles for limit, tiles in table.items() if width <= limit or limit == max(table))[kernel]
+def tiles_of(clips: Any, arch: str) -> Tiles:
+    width = sum(chunks(clips.q.shape[4], TWO_CHUNKS[arch]))
+    table = FLOAT32 if clips.q.dtype == torch.float32 else HALF[arch]
+    return next(tiles for limit, tiles in table.items() if width <= limit or limit == max(table))
+
+
+def here(clips: Any) -> str:
+    return architecture(gpu_of(clips.q.device)[1])
 
 
 def options_of(tile: Tile) -> dict[str, int]:
@@ -440,26 +470,27 @@ def sizes_of(clips: Any) -> tuple[int, int, int]:
     return clips.q.shape[2], clips.k.shape[2], 0 if clips.extra_k is None else clips.extra_k.shape[2]
 
 
-def queries_launch(kernel: Any, clips: Any, views: list[View], others: tuple, tile: Tile) -> Launch:
+def queries_launch(kernel: Any, clips: Any, views: list[View], others: tuple, tile: Tile, arch: str) -> Launch:
     """Of a kernel whose programs own tiles of queries; all but `others` decide about alignment."""
     t, s, e = sizes_of(clips)
     heads = clips.q.shape[3]
     bx = FEW_EXTRAS if e <= FEW_EXTRAS else tile.keys
-    chosen = {"BM": tile.queries, "BN": tile.keys, "BX": bx, "EVEN": s % tile.keys == 0, **constants(clips, views)}
+    chosen = {"BM": tile.queries, "BN": tile.keys, "BX": bx, "EVEN": s % tile.keys == 0}
+    chosen |= constants(clips, views, TWO_CHUNKS[arch])
     tiles = triton.cdiv(t, tile.queries)
     arguments = *others, frames_of(clips), heads, tiles, t, s, e, clips.scale
     return Launch(kernel, (clips.clips * clips.frames * heads * tiles,), arguments, chosen, options_of(tile))
 
 
-def forward_launch(clips: Any, out: Tensor, lse: Tensor | None) -> Launch:
+def forward_launch(clips: Any, out: Tensor, lse: Tensor | None, arch: str) -> Launch:
     views = [*map(view, clips[:5]), view(out)]
-    return queries_launch(forward_kernel, clips, views, (*views, view_of_lse(lse)), tile_of(clips, FORWARD))
+    return queries_launch(forward_kernel, clips, views, (*views, view_of_lse(lse)), tiles_of(clips, arch).forward, arch)
 
 
-def dq_launch(clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor) -> Launch:
+def dq_launch(clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, arch: str) -> Launch:
     views = [*map(view, clips[:5]), view(dout), view(dq)]
     given = *views[:6], view_of_lse(lse), view_of_lse(delta), views[6]
-    return queries_launch(queries_kernel, clips, views, given, tile_of(clips, QUERIES))
+    return queries_launch(queries_kernel, clips, views, given, tiles_of(clips, arch).queries, arch)
 
 
 def delta_launch(clips: Any, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
@@ -488,16 +519,16 @@ def plan_launch(clips: Any) -> tuple[Launch, Plan]:
 
 
 def keys_launches(
-    clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, plan: Plan
+    clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, plan: Plan, arch: str
 ) -> tuple[Launch, Launch]:
     """`keys` and `combine`, with parts [clips, F, S, Hk, D] between them."""
-    tile, frames, (t, s, _) = tile_of(clips, KEYS), clips.frames, sizes_of(clips)
+    tile, frames, (t, s, _) = tiles_of(clips, arch).keys, clips.frames, sizes_of(clips)
     heads, width = clips.k.shape[3:]
     parts = torch.empty(2, clips.clips, frames, s, heads, width, dtype=torch.float32, device=clips.q.device)
     views = [*map(view, clips[:3]), view(dout), view(dk), view(dv)]
     chosen = {
         "BF": triton.next_power_of_2(max(frames, 1)), "BM": tile.queries, "BN": tile.keys,
-        "EVEN": t % tile.queries == 0, **constants(clips, views),
+        "EVEN": t % tile.queries == 0, **constants(clips, views, TWO_CHUNKS[arch]),
     }  # fmt: skip
     tiles, shares, plan_b = triton.cdiv(s, tile.keys), frames + frames // 2, int(clips.count.ndim == 3)
     owned, given = (*views[4:], *map(view, parts)), frames_of(clips)
@@ -513,14 +544,14 @@ def keys_launches(
     return keys, combine
 
 
-def extra_launch(clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor) -> Launch:
+def extra_launch(clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, arch: str) -> Launch:
     """dk, dv: as the extra keys, or parts [clips, F, E, Hk, D] of shared ones."""
-    tile, (t, _, e), heads = tile_of(clips, KEYS), sizes_of(clips), clips.k.shape[3]
-    views, block = [view(x) for x in (clips.q, clips.extra_k, clips.extra_v, dout)], tile.keys
+    tile, (t, _, e), heads = tiles_of(clips, arch).keys, sizes_of(clips), clips.k.shape[3]
+    views = [view(x) for x in (clips.q, clips.extra_k, clips.extra_v, dout)]
     block = FEW_EXTRAS if e <= FEW_EXTRAS else tile.keys
     chosen = {
-        "BM": tile.queries, "BN": block, "EVEN": t % tile.queries == 0, **constants(clips, views),
-        "SHARED": clips.shared,
+        "BM": tile.queries, "BN": block, "EVEN": t % tile.queries == 0, "SHARED": clips.shared,
+        **constants(clips, views, TWO_CHUNKS[arch]),
     }  # fmt: skip
     tiles = triton.cdiv(e, block)
     arguments = (
@@ -535,29 +566,30 @@ def forward(clips: Any, need_lse: bool) -> tuple[Tensor, Tensor]:
     b, f, t, h, _ = clips.q.shape
     out = torch.empty_like(clips.q)
     lse = clips.q.new_empty((b, f, h, t) if need_lse else (0,), dtype=torch.float32)
-    forward_launch(clips, out, lse).run()
+    forward_launch(clips, out, lse, here(clips)).run()
     return out, lse
 
 
 def backward(clips: Any, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     """Gradients of q, k, v and the extra keys and values."""
+    arch = here(clips)
     dq, dk, dv = (torch.empty_like(x) for x in clips[:3])
     delta = torch.empty_like(lse)
     delta_launch(clips, out, dout, dlse, delta).run()
-    dq_launch(clips, dout, lse, delta, dq).run()
+    dq_launch(clips, dout, lse, delta, dq, arch).run()
     launch, plan = plan_launch(clips)
     launch.run()
-    for launch in keys_launches(clips, dout, lse, delta, dk, dv, plan):
+    for launch in keys_launches(clips, dout, lse, delta, dk, dv, plan, arch):
         launch.run()
     if clips.extra_k is None:
         return dq, dk, dv, None, None
     extra = [torch.empty_like(x) for x in clips[3:5]]
     if not clips.shared:
-        extra_launch(clips, dout, lse, delta, *extra).run()
+        extra_launch(clips, dout, lse, delta, *extra, arch).run()
         return dq, dk, dv, *extra
     shape = clips.clips, clips.frames, *clips.extra_k.shape[2:]
     parts = [torch.empty(shape, dtype=torch.float32, device=clips.q.device) for _ in extra]
-    extra_launch(clips, dout, lse, delta, *parts).run()
+    extra_launch(clips, dout, lse, delta, *parts, arch).run()
     return dq, dk, dv, *(x.copy_(part.sum(1, keepdim=True)) for x, part in zip(extra, parts, strict=True))
 
 
@@ -571,17 +603,18 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
         ("64 extra", example(8, 8, 197, 12, 64, bf16, extra=1, padded=True, group=2)),
         ("128 float32", example(1, 21, 1560, 12, 128, fp32)),
     )
+    arch = architecture(capability)
     for name, clips in shapes:
         b, f, t, h, _ = clips.q.shape
         lse, half = meta(b, f, h, t), clips.q.dtype != fp32
-        yield Case(f"forward {name}", forward_launch(clips, clips.q, lse), half)
-        yield Case(f"dq {name}", dq_launch(clips, clips.q, lse, lse, clips.q), half)
+        yield Case(f"forward {name}", forward_launch(clips, clips.q, lse, arch), half)
+        yield Case(f"dq {name}", dq_launch(clips, clips.q, lse, lse, clips.q, arch), half)
         plan = plan_launch(clips)[1]
-        keys, combine = keys_launches(clips, clips.q, lse, lse, clips.k, clips.v, plan)
-        yield Case(f"dk dv {name}", keys, half)
+        keys, combine = keys_launches(clips, clips.q, lse, lse, clips.k, clips.v, plan, arch)
+        yield Case(f"dk dv {name}", keys, half and tiles_of(clips, arch).keys.keys >= 64)
         if clips.extra_k is not None:
             parts = meta(b, f, *clips.extra_k.shape[2:])
-            yield Case(f"extra dk dv {name}", extra_launch(clips, clips.q, lse, lse, parts, parts), False)
+            yield Case(f"extra dk dv {name}", extra_launch(clips, clips.q, lse, lse, parts, parts, arch), False)
             yield Case(f"delta {name}", delta_launch(clips, clips.q, clips.q, lse, lse), False)
             yield Case(f"plan {name}", plan_launch(clips)[0], False)
             yield Case(f"combine {name}", combine, False)
