@@ -90,7 +90,7 @@ class _Processor:
             x = x.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
             x = x + residual
-        return x / attn.rescale_output_factor
+        return x if attn.rescale_output_factor == 1 else x / attn.rescale_output_factor
 
 
 @dataclass(eq=False)
