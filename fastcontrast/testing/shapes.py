@@ -48,3 +48,60 @@ def named(name: str) -> Shape:
         if shape.name == name:
             return shape
     raise ValueError(f"no shape is named {name!r}")
+
+
+@dataclass(frozen=True)
+class Clips:
+    """`b` clips of `f` frames of `t` tokens, `h` heads of width `d`; `rule` "temporal" or that of frame attention."""
+
+    name: str
+    b: int
+    f: int
+    t: int
+    h: int
+    d: int
+    rule: str
+    extra: int = 0  # keys more, each frame's own
+    ragged: bool = False  # clips of 1 to f frames, padded
+
+    @property
+    def elements(self) -> int:
+        """Of q."""
+        return self.b * self.f * self.t * self.h * self.d
+
+
+# What video models ask of attention across frames. `l0` to `mid` are levels of a diffusion model's U-Net; its two
+# halves of guidance are clips.
+VIDEO = (
+    Clips("xclip_message", 8, 8, 1, 12, 64, "temporal"),
+    Clips("clip4clip", 128, 12, 1, 8, 64, "temporal", ragged=True),
+    Clips("timesformer", 8, 8, 196, 12, 64, "temporal"),
+    Clips("timesformer_long", 8, 96, 196, 12, 64, "temporal"),
+    Clips("animatediff_l0", 2, 16, 4096, 8, 40, "temporal"),
+    Clips("animatediff_l1", 2, 16, 1024, 8, 80, "temporal"),
+    Clips("animatediff_l2", 2, 16, 256, 8, 160, "temporal"),
+    Clips("animatediff_mid", 2, 16, 64, 8, 160, "temporal"),
+    Clips("svd_l0", 2, 25, 9216, 5, 64, "temporal"),
+    Clips("svd_l1", 2, 25, 2304, 10, 64, "temporal"),
+    Clips("opensora", 1, 15, 1590, 16, 72, "temporal"),
+    Clips("t2v_zero_l0", 2, 8, 4096, 8, 40, "first"),
+    Clips("t2v_zero_l1", 2, 8, 1024, 8, 80, "first"),
+    Clips("t2v_zero_l2", 2, 8, 256, 8, 160, "first"),
+    Clips("tune_l0", 2, 8, 4096, 8, 40, "first_previous"),
+    Clips("tune_l1", 2, 8, 1024, 8, 80, "first_previous"),
+    Clips("tune_l2", 2, 8, 256, 8, 160, "first_previous"),
+    Clips("tune_mid", 2, 8, 64, 8, 160, "first_previous"),
+    Clips("controlvideo_l1", 2, 15, 1024, 8, 80, "all"),
+    Clips("xclip_frame", 8, 8, 197, 12, 64, "self", extra=1),
+    Clips("vggt_8", 1, 8, 1374, 16, 64, "all"),
+    Clips("vggt_32", 1, 32, 1374, 16, 64, "all"),
+    Clips("dust3r", 1, 2, 768, 12, 64, "swap"),
+    Clips("selfforcing", 1, 21, 1560, 12, 128, "causal(3)"),
+)
+
+
+def video(name: str) -> Clips:
+    for shape in VIDEO:
+        if shape.name == name:
+            return shape
+    raise ValueError(f"no clips are named {name!r}")
