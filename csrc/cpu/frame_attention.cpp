@@ -144,10 +144,10 @@ void forward(const FrameAttention& c, const View& out, float* lse, int64_t b, in
         });
     for (int64_t l = 0; l < owned; ++l) {
         const float sum = w.sum[l];
-        write_rows(c.kind, c.at(out, b, f, first + l, h), 0, 1, c.d, w.sums + l * ld, ld,
-                   sum == 0.0f ? 0.0f : 1.0f / sum);
         if (lse) lse_rows[l] = sum == 0.0f ? -INFINITY : w.high[l] + std::log(sum);
+        w.sum[l] = sum == 0.0f ? 0.0f : 1.0f / sum;
     }
+    write_rows(c.kind, c.at(out, b, f, first, h), out.token, owned, c.d, w.sums, ld, w.sum);
 }
 
 // From the products q · k and dout · v: p = exp(score + bias − lse) and ds = scale · p · (⟨dout, v⟩ − delta).
@@ -221,7 +221,7 @@ void backward(const FrameAttention& c, const Saved& saved, const View& dq, int64
         });
         add_places(w.dk, ld, w.places, n, c.d, dk), add_places(w.dv, ld, w.places, n, c.d, dv);
     }
-    write_rows(c.kind, c.at(dq, b, f, first, h), dq.token, owned, c.d, w.sums, ld, 1.0f);
+    write_rows(c.kind, c.at(dq, b, f, first, h), dq.token, owned, c.d, w.sums, ld);
 }
 
 // Frames of a packed clip that end before the longest one's are another clip's.
@@ -232,14 +232,14 @@ void write_keys(const FrameAttention& c, const FrameGradients& to, int64_t b, in
                 const float* dv, int64_t ld) {
     for (int64_t g = 0; g < c.f; ++g) {
         if (is_absent(c, b, g)) continue;
-        write_rows(c.kind, c.at(to.k, b, g, 0, group), to.k.token, c.s, c.d, dk + g * c.s * ld, ld, 1.0f);
-        write_rows(c.kind, c.at(to.v, b, g, 0, group), to.v.token, c.s, c.d, dv + g * c.s * ld, ld, 1.0f);
+        write_rows(c.kind, c.at(to.k, b, g, 0, group), to.k.token, c.s, c.d, dk + g * c.s * ld, ld);
+        write_rows(c.kind, c.at(to.v, b, g, 0, group), to.v.token, c.s, c.d, dv + g * c.s * ld, ld);
     }
     for (int64_t x = 0; c.e && x < (c.shared ? 1 : c.f); ++x) {
         if (!c.shared && is_absent(c, b, x)) continue;
         const int64_t place = (c.f * c.s + x * c.e) * ld;
-        write_rows(c.kind, c.extra_at(to.extra_k, b, x, 0, group), to.extra_k.token, c.e, c.d, dk + place, ld, 1.0f);
-        write_rows(c.kind, c.extra_at(to.extra_v, b, x, 0, group), to.extra_v.token, c.e, c.d, dv + place, ld, 1.0f);
+        write_rows(c.kind, c.extra_at(to.extra_k, b, x, 0, group), to.extra_k.token, c.e, c.d, dk + place, ld);
+        write_rows(c.kind, c.extra_at(to.extra_v, b, x, 0, group), to.extra_v.token, c.e, c.d, dv + place, ld);
     }
 }
 

@@ -66,15 +66,17 @@ namespace {
     });
 }
 
-// rows, `stride` elements apart, = factor · x [count, ld], rounded to their type.
+// rows, `stride` elements apart, = x [count, ld], each times its factor if there are any, rounded to their type.
 [[maybe_unused]] FC_VECTOR_CLONES void write_rows(Kind kind, char* rows, int64_t stride, int64_t count, int64_t d,
-                                                  const float* x, int64_t ld, float factor) {
+                                                  const float* x, int64_t ld, const float* factors = nullptr) {
     with_kind(kind, rows, [&](auto* typed) FC_INLINE_LAMBDA {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(typed)>>;
         T* out = const_cast<T*>(typed);
-        for (int64_t i = 0; i < count; ++i)
+        for (int64_t i = 0; i < count; ++i) {
+            const float factor = factors ? factors[i] : 1.0f;
 #pragma omp simd
             for (int64_t j = 0; j < d; ++j) out[i * stride + j] = narrow<T>(factor * x[i * ld + j]);
+        }
     });
 }
 

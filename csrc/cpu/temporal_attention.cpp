@@ -112,6 +112,17 @@ Rows bring(const FrameAttention& c, const View& x, const Worker& w, const Proble
     return {to, w.ld};
 }
 
+// Frames l … l + count − 1 of the valid ones = rows of x, each times its factor if there are any.
+void put(const FrameAttention& c, const View& to, const Worker& w, const Problem& at, int64_t head, int64_t l,
+         int64_t count, const float* x, const float* factors = nullptr) {
+    const int32_t* frames = w.table.frames.data() + l;
+    if (frames[count - 1] - frames[0] == count - 1)
+        return write_rows(c.kind, c.at(to, at.b, frames[0], at.t, head), to.frame, count, c.d, x, w.ld, factors);
+    for (int64_t i = 0; i < count; ++i)
+        write_rows(c.kind, c.at(to, at.b, frames[i], at.t, head), 0, 1, c.d, x + i * w.ld, 0,
+                   factors ? factors + i : nullptr);
+}
+
 void bring_extra(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, float* to) {
     const int64_t n = w.table.frames.size();
     for (int64_t i = 0; i < extra_rows(c, n); ++i)
@@ -163,12 +174,12 @@ void forward(const FrameAttention& c, const Tensors& x, float* lse, const Worker
         mix({w.p, 1, W}, w.v, w.ld, rows, nullptr, w.sums, w.ld, count, c.d);
         for (int64_t i = 0; i < count; ++i) {
             const float sum = w.sum[i];
-            write_rows(c.kind, c.at(x.out, at.b, frames[l + i], at.t, h), 0, 1, c.d, w.sums + i * w.ld, 0,
-                       sum == 0.0f ? 0.0f : 1.0f / sum);
             if (lse)
                 lse[(c.row(at.b, frames[l + i]) * c.h + h) * c.t + at.t] =
                     sum == 0.0f ? -INFINITY : w.high[i] + std::log(sum);
+            w.factor[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
         }
+        put(c, x.out, w, at, h, l, count, w.sums, w.factor);
     }
 }
 
@@ -211,8 +222,7 @@ void backward(const FrameAttention& c, const Tensors& x, const float* dlse, cons
         mix({w.ds, 1, W}, w.k, ld, rows, nullptr, w.sums, ld, count, c.d);
         mix({w.ds, W, 1}, w.q + l * ld, ld, count, nullptr, w.dk, ld, rows, c.d);
         mix({w.p, W, 1}, w.dout + l * ld, ld, count, nullptr, w.dv, ld, rows, c.d);
-        for (int64_t i = 0; i < count; ++i)
-            write_rows(c.kind, c.at(x.dq, at.b, frames[l + i], at.t, h), 0, 1, c.d, w.sums + i * ld, 0, 1.0f);
+        put(c, x.dq, w, at, h, l, count, w.sums);
     }
 }
 
@@ -237,8 +247,8 @@ void write_extra(const FrameAttention& c, const FrameGradients& to, const std::v
             if (!c.shared && f >= own_frames(c, b)) continue;
             for (int64_t g = 0; g < c.groups; ++g) {
                 const float* grad = total.data() + ((b * rows + row) * c.groups + g) * c.d;
-                write_rows(c.kind, c.extra_at(to.extra_k, b, f, row % c.e, g), 0, 1, c.d, grad, 0, 1.0f);
-                write_rows(c.kind, c.extra_at(to.extra_v, b, f, row % c.e, g), 0, 1, c.d, grad + plane, 0, 1.0f);
+                write_rows(c.kind, c.extra_at(to.extra_k, b, f, row % c.e, g), 0, 1, c.d, grad, 0);
+                write_rows(c.kind, c.extra_at(to.extra_v, b, f, row % c.e, g), 0, 1, c.d, grad + plane, 0);
             }
         }
 }
@@ -303,6 +313,7 @@ void solve(const FrameAttention& c, const Tensors& x, bool backward, int threads
     const int64_t tensors = backward ? 7 : 4, bytes = tensors * c.f * c.h * c.d * c.size();
     const bool staged = is_periodic(c, x.q) || is_periodic(c, x.k) || is_periodic(c, x.v);
     const int64_t ts = staged ? std::clamp<int64_t>(kStage / std::max<int64_t>(bytes, 1), 1, c.t) : 1;
+    const bool far = c.b * c.t * bytes > kStage;  // more than stays near a core
     const bool by_heads = !staged && x.k.head > x.k.token;
     const int64_t blocks = (c.t + ts - 1) / ts;
     const auto number = [&](int64_t i) {
@@ -317,7 +328,7 @@ void solve(const FrameAttention& c, const Tensors& x, bool backward, int threads
             if (!staged) {
                 const Problem at = number(i);
                 if (w.table.clip != at.b) tabulate(c, at.b, w.table);
-                if (const Problem next = number(i + 1); i + 1 < end && next.b == at.b) {
+                if (const Problem next = number(i + 1); far && i + 1 < end && next.b == at.b) {
                     fetch(c, x.q, w, next, c.heads()), fetch(c, x.k, w, next, 1), fetch(c, x.v, w, next, 1);
                     if (backward) fetch(c, x.dout, w, next, c.heads());
                 }
@@ -382,11 +393,7 @@ void temporal_attention_backward(const FrameAttention& c, const View&, const Vie
                 with_lanes(n, [&](auto lanes) { backward<decltype(lanes)::value>(c, x, dlse, w, at, h); });
                 clear_padding(c, x.dq, w, at, h);
             }
-            for (int64_t i = 0; i < n; ++i) {
-                const int64_t f = w.table.frames[i];
-                write_rows(c.kind, c.at(x.dk, at.b, f, at.t, at.g), 0, 1, c.d, w.dk + i * w.ld, 0, 1.0f);
-                write_rows(c.kind, c.at(x.dv, at.b, f, at.t, at.g), 0, 1, c.d, w.dv + i * w.ld, 0, 1.0f);
-            }
+            if (n) put(c, x.dk, w, at, at.g, 0, n, w.dk), put(c, x.dv, w, at, at.g, 0, n, w.dv);
             clear_padding(c, x.dk, w, at, at.g), clear_padding(c, x.dv, w, at, at.g);
             if (c.e) add_extra(c, w, at);
         },
