@@ -36,13 +36,15 @@ Cosines cosines(Address candidates, Address context, Address valid, int64_t b, i
             context_batch,        context_row,       static_cast<Kind>(kind)};
 }
 
-using Strides = std::array<int64_t, 4>;
+// Address and five strides of each of N tensors.
+template <size_t N>
+using Views = std::array<int64_t, 6 * N>;
 
 template <size_t N>
-std::array<View, N> views(const std::array<Address, N>& addresses, const std::array<Strides, N>& strides) {
+std::array<View, N> views(const Views<N>& x) {
     std::array<View, N> found;
     for (size_t i = 0; i < N; ++i)
-        found[i] = {at<char>(addresses[i]), strides[i][0], strides[i][1], strides[i][2], strides[i][3]};
+        found[i] = {at<char>(static_cast<Address>(x[6 * i])), x[6 * i + 1], x[6 * i + 2], x[6 * i + 3], x[6 * i + 4]};
     return found;
 }
 
@@ -51,21 +53,18 @@ void def_attention(py::module_& m, const std::string& name, decltype(frame_atten
                    decltype(frame_attention_backward)* backward) {
     m.def(
         name.c_str(),
-        [forward](const FrameAttention& problem, const std::array<Address, 1>& addresses,
-                  const std::array<Strides, 1>& strides, Address lse, int threads) {
+        [forward](const FrameAttention& problem, const Views<1>& out, Address lse, int threads) {
             py::gil_scoped_release release;
-            forward(problem, views(addresses, strides)[0], at<float>(lse), threads);
+            forward(problem, views<1>(out)[0], at<float>(lse), threads);
         },
-        py::arg("problem"), py::arg("addresses"), py::arg("strides"), py::arg("lse"), py::arg("threads"));
+        py::arg("problem"), py::arg("out"), py::arg("lse"), py::arg("threads"));
     m.def((name + "_backward").c_str(),
-          [backward](const FrameAttention& problem, const std::array<Address, 7>& addresses,
-                     const std::array<Strides, 7>& strides, Address lse, Address dlse, int threads) {
+          [backward](const FrameAttention& problem, const Views<7>& tensors, Address lse, Address dlse, int threads) {
               py::gil_scoped_release release;
-              const auto x = views(addresses, strides);
+              const auto x = views<7>(tensors);
               backward(problem, x[0], x[1], {x[2], x[3], x[4], x[5], x[6]}, at<float>(lse), at<float>(dlse), threads);
           },
-          py::arg("problem"), py::arg("addresses"), py::arg("strides"), py::arg("lse"), py::arg("dlse"),
-          py::arg("threads"));
+          py::arg("problem"), py::arg("tensors"), py::arg("lse"), py::arg("dlse"), py::arg("threads"));
 }
 
 // The product of a few rows with a matrix of weights, whichever way the matrix lies.
@@ -344,10 +343,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("threads"));
 
     py::class_<FrameAttention>(m, "FrameAttention")
-        .def(py::init([](const std::array<Address, 5>& addresses, const std::array<Strides, 5>& strides,
-                         const std::array<int64_t, 8>& n, Address count, int64_t count_batch, Address valid,
-                         Address starts, bool shared, float scale, int kind) {
-                 const auto x = views(addresses, strides);
+        .def(py::init([](const Views<5>& tensors, const std::array<int64_t, 8>& n, Address count, int64_t count_batch,
+                         Address valid, Address starts, bool shared, float scale, int kind) {
+                 const auto x = views<5>(tensors);
                  return FrameAttention{x[0],
                                        x[1],
                                        x[2],
@@ -369,8 +367,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                                        scale,
                                        static_cast<Kind>(kind)};
              }),
-             py::arg("addresses"), py::arg("strides"), py::arg("sizes"), py::arg("count"), py::arg("count_batch"),
-             py::arg("valid"), py::arg("starts"), py::arg("shared"), py::arg("scale"), py::arg("kind"));
+             py::arg("tensors"), py::arg("sizes"), py::arg("count"), py::arg("count_batch"), py::arg("valid"),
+             py::arg("starts"), py::arg("shared"), py::arg("scale"), py::arg("kind"));
     def_attention(m, "frame_attention", &frame_attention, &frame_attention_backward);
     def_attention(m, "temporal_attention", &temporal_attention, &temporal_attention_backward);
 }

@@ -131,46 +131,46 @@ def attention_on_view(clips: Clips, temporal: bool, rule: str) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------ C++ core
 
 
-def _views(*tensors: Tensor | None) -> tuple[list[int], list[list[int]]]:
-    """Addresses, and the first four strides, of five-dimensional tensors."""
-    return [address(x) for x in tensors], [[0] * 4 if x is None else list(x.stride()[:4]) for x in tensors]
+def _views(*tensors: Tensor | None) -> list[int]:
+    """Of five-dimensional tensors, each: address and strides."""
+    views = []
+    for x in tensors:
+        views += (0,) * 6 if x is None else (x.data_ptr(), *x.stride())
+    return views
 
 
 def _problem(clips: Clips):
-    t, h, d = clips.q.shape[2:]
-    s, groups = clips.k.shape[2:4]
-    extra = clips.extra_k
-    addresses, strides = _views(clips.q, clips.k, clips.v, extra, clips.extra_v)
-    sizes = [clips.clips, clips.frames, t, s, h, groups, d, 0 if extra is None else extra.shape[2]]
-    counts = clips.frames * clips.frames if clips.count.ndim == 3 else 0
+    q, k, _, extra, _, count, valid, starts, scale = clips
+    (b, f, t, h, d), (_, _, s, groups, _) = q.shape, k.shape
+    b, f = (b, f) if starts is None else (clips.clips, clips.frames)
     return native.FrameAttention(
-        addresses, strides, sizes, address(clips.count), counts, address(clips.valid), address(clips.starts),
-        clips.shared or extra is None, clips.scale, CODES[clips.q.dtype],
+        _views(*clips[:5]), (b, f, t, s, h, groups, d, 0 if extra is None else extra.shape[2]), count.data_ptr(),
+        f * f if count.ndim == 3 else 0, address(valid), address(starts), clips.shared or extra is None, scale,
+        CODES[q.dtype],
     )  # fmt: skip
 
 
-def _native_forward(op: str, clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor]:
+def _native_forward(op: str, clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     out, lse = empty_forward(clips, need_lse, empty_like)
-    run = getattr(native, op)
-    run(_problem(clips), *_views(out), address(lse if need_lse else None), torch.get_num_threads())
+    getattr(native, op)(_problem(clips), _views(out), address(lse), torch.get_num_threads())
     return out, lse
 
 
 def _native_backward(op: str, clips: Clips, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None):
     gradients = empty_backward(clips, empty_like)
-    addresses, strides = _views(out, dout, *gradients)
     run = getattr(native, f"{op}_backward")
-    run(_problem(clips), addresses, strides, address(lse), address(dlse), torch.get_num_threads())
+    run(_problem(clips), _views(out, dout, *gradients), address(lse), address(dlse), torch.get_num_threads())
     return gradients
 
 
 def empty_forward(
     clips: Clips, need_lse: bool, like: Callable[[Tensor], Tensor] = torch.empty_like
-) -> tuple[Tensor, Tensor]:
-    """`out` has the order of dimensions that q has in memory; without need of it, `lse` is empty."""
+) -> tuple[Tensor, Tensor | None]:
+    """`out`, which has the order of dimensions that q has in memory, and `lse` where it is needed."""
+    if not need_lse:
+        return like(clips.q), None
     b, f, t, h, _ = clips.q.shape
-    shape = (b, f, h, t) if need_lse else (0,)
-    return like(clips.q), clips.q.new_empty(shape, dtype=wide(clips.q.dtype))
+    return like(clips.q), clips.q.new_empty((b, f, h, t), dtype=wide(clips.q.dtype))
 
 
 def empty_backward(clips: Clips, like: Callable[[Tensor], Tensor] = torch.empty_like) -> tuple[Tensor | None, ...]:
@@ -186,7 +186,7 @@ def _triton(op: str):
     return importlib.import_module(f"fastcontrast.kernels.{op}")
 
 
-def _run_forward(op: str, implementation: str, clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor]:
+def _run_forward(op: str, implementation: str, clips: Clips, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     if implementation == "triton":
         return _triton(op).forward(clips, need_lse)
     return _native_forward(op, clips, need_lse)
@@ -212,13 +212,11 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, op, implementation, return_lse, q, k, v, extra_k, extra_v, count, valid, starts, scale):
         clips = Clips(q, k, v, extra_k, extra_v, count, valid, starts, scale)
         out, lse = _run_forward(op, implementation, clips, return_lse or _needs_lse(op))
-        ctx.op, ctx.implementation, ctx.scale, ctx.return_lse = op, implementation, scale, return_lse
+        ctx.op, ctx.implementation, ctx.scale = op, implementation, scale
         kept = (out, lse) if _needs_lse(op) else (None, None)
         ctx.save_for_backward(q, k, v, extra_k, extra_v, count, valid, starts, *kept)
         ctx.set_materialize_grads(False)
-        if not return_lse:
-            ctx.mark_non_differentiable(lse)
-        return out, lse
+        return out, lse if return_lse else None
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -251,10 +249,12 @@ def define(op: str) -> None:
 
     def forward(*inputs):
         *tensors, need_lse, implementation = inputs
-        return _run_forward(op, implementation, Clips(*tensors), need_lse)
+        clips = Clips(*tensors)
+        return _dense(clips, _run_forward(op, implementation, clips, need_lse))
 
     def forward_fake(*inputs):
-        return empty_forward(Clips(*inputs[:9]), inputs[9])
+        clips = Clips(*inputs[:9])
+        return _dense(clips, empty_forward(clips, inputs[9]))
 
     def backward(*inputs):
         clips, (out, lse, dout, dlse, implementation) = Clips(*inputs[:9]), inputs[9:]
@@ -264,8 +264,9 @@ def define(op: str) -> None:
         clips = Clips(*inputs[:9])
         return _dense(clips, empty_backward(clips))
 
-    def _dense(clips, gradients):
-        return tuple(clips.q.new_empty(0) if x is None else x for x in gradients)
+    def _dense(clips, tensors):
+        """What is absent is empty: a schema knows no optional results."""
+        return tuple(clips.q.new_empty(0) if x is None else x for x in tensors)
 
     def setup_context(ctx, inputs, output):
         *tensors, ctx.scale, ctx.need_lse, ctx.implementation = inputs

@@ -78,7 +78,9 @@ def select(
     table = _registry[op]
 
     def reason(name: str) -> str | None:
-        return table[name](device, dtype) or (None if also is None else also(name))
+        if (why := table[name](device, dtype)) is not None or also is None:
+            return why
+        return also(name)
 
     if implementation is not None:
         if implementation not in table:
@@ -134,7 +136,7 @@ def refuse_torch(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def refuse_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Reason why a Triton kernel cannot run, shared by the operations that have one."""
-    if device.type != "cuda" and not INTERPRETED:
+    if not INTERPRETED and device.type != "cuda":
         return f"it runs on cuda tensors, these are on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"

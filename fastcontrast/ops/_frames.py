@@ -51,16 +51,17 @@ def checked(
     rule = named(op, rule)
     packed = cu_frames is not None
     _tensor(op, "q", q, 4 if packed else 5, "[sumF, T, H, D]" if packed else "[B, F, T, H, D]")
-    q_shape, k_shape = q.shape, k.shape if isinstance(k, Tensor) else None
-    tokens = "T" if op == "temporal_attention" else "S"
-    wanted = f"[{', '.join(map(str, q_shape[: len(q_shape) - 3]))}, {tokens}, Hk, {q_shape[-1]}]"
+    q_shape, k_shape, dtype, device = q.shape, getattr(k, "shape", None), q.dtype, q.device
     for name, x in (("k", k), ("v", v)):
+        alike = isinstance(x, Tensor) and x.dtype == dtype and x.device == device and x.shape == k_shape
+        if alike and k_shape[:-3] == q_shape[:-3] and k_shape[-1] == q_shape[-1] and x.ndim == q.ndim:
+            continue
+        tokens = "T" if op == "temporal_attention" else "S"
+        wanted = f"[{', '.join(map(str, q_shape[:-3]))}, {tokens}, Hk, {q_shape[-1]}]"
         _tensor(op, name, x, len(q_shape), wanted)
-        if x.shape[:-3] != q_shape[:-3] or x.shape[-1] != q_shape[-1] or x.shape != k_shape:
-            like = "q" if name == "k" else "q and k"
-            raise ValueError(f"{op}: {name} must be {wanted} to match {like}, got {list(x.shape)}")
-        if x.dtype != q.dtype or x.device != q.device:
-            check.same_kind(op, name, x, q, like_name="q")
+        check.same_kind(op, name, x, q, like_name="q")
+        like = "q" if name == "k" else "q and k"
+        raise ValueError(f"{op}: {name} must be {wanted} to match {like}, got {list(x.shape)}")
     heads, key_heads = q_shape[-2], k_shape[-2]
     if heads and (not key_heads or heads % key_heads):
         raise ValueError(f"{op}: the {key_heads} heads of k must divide the {heads} of q")
