@@ -48,31 +48,38 @@ def pairs(shape: Clips) -> int:
     return shape.b * sum(len({*frames}) for frames in zip(*gathered_frames(shape.rule, shape.f), strict=True))
 
 
-def products(problem: Problem, backward: bool, rows: int) -> Step:
-    """The products of one pair of frames, `rows` queries at a time."""
-    q, k, v, do = (x.detach()[0, 0].unbind(1) for x in (problem.q, problem.k, problem.v, problem.upstream))
-    t = len(q[0])
-    s, p = torch.empty(min(rows, t), t), torch.empty(min(rows, t), t)
-    out, dk, dv = (torch.zeros(t, problem.q.shape[4]) for _ in range(3))
+def products(problem: Problem, backward: bool, rows: int, heads: int | None) -> Step:
+    """The products of one pair of frames, `rows` queries of one head or (None) of all at a time; heads lie apart."""
+    given = (problem.q, problem.k, problem.v, problem.upstream)
+    q, k, v, do = (x.detach()[0, 0].transpose(0, 1).contiguous() for x in given)  # [H, T, D]
+    out, dk, dv = (torch.zeros_like(q) for _ in range(3))
+    t, heads = q.shape[1], heads or len(q)
+    s, p = torch.empty(heads * min(rows, t) * t), torch.empty(heads * min(rows, t) * t)
 
     def step() -> None:
-        for qh, kh, vh, dh in zip(q, k, v, do, strict=True):
+        for h in range(0, len(q), heads):
+            of = slice(h, h + heads)
             for i in range(0, t, rows):
-                some = slice(i, i + rows)
-                scores = torch.mm(qh[some], kh.T, out=s[: t - i])
-                torch.mm(scores, vh, out=out[some])
+                n, at = min(rows, t - i), (of, slice(i, i + rows))
+                scores, slopes = (x[: heads * n * t].view(heads, n, t) for x in (s, p))
+                torch.bmm(q[at], k[of].mT, out=scores)
+                torch.bmm(scores, v[of], out=out[at])
                 if backward:
-                    torch.mm(qh[some], kh.T, out=scores)
-                    slopes = torch.mm(dh[some], vh.T, out=p[: t - i])
-                    dv.addmm_(scores.T, dh[some])
-                    dk.addmm_(slopes.T, qh[some])
-                    torch.mm(slopes, kh, out=out[some])
+                    torch.bmm(q[at], k[of].mT, out=scores)
+                    torch.bmm(do[at], v[of].mT, out=slopes)
+                    torch.baddbmm(dv[of], scores.mT, do[at], beta=float(i > 0), out=dv[of])
+                    torch.baddbmm(dk[of], slopes.mT, q[at], beta=float(i > 0), out=dk[of])
+                    torch.bmm(slopes, k[of], out=out[at])
 
     return step
 
 
 def floor(shape: Clips, backward: bool) -> dict[str, Floor]:
-    variants = {f"{rows} rows": partial(products, backward=backward, rows=rows) for rows in (128, 1024)}
+    of = partial(products, backward=backward)
+    variants = {
+        "128 rows of all heads": partial(of, rows=128, heads=None),
+        "1024 of one": partial(of, rows=1024, heads=1),
+    }
     return {"7 products" if backward else "2 products": Floor(variants, times=pairs(shape))}
 
 
