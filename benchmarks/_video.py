@@ -18,7 +18,7 @@ from fastcontrast.testing.shapes import Clips
 from ._harness import Provider, Step
 
 TOLERANCE = 2e-5
-POSITIONS = 1 << 24  # elements of q a chunk of the truth of temporal attention: 128 MiB in float64
+POSITIONS = 1 << 22  # elements of q a chunk of the truth of temporal attention: 32 MiB in float64
 
 
 class Problem(NamedTuple):

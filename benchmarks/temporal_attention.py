@@ -59,10 +59,11 @@ def workload(shape: Clips, backward: bool, bars: bool = True) -> Workload:
     # Torch has no rule for padded queries: under its mask of keys they are computed like others.
     truth = partial(temporal_truth, backward=backward)
     of_rivals = partial(truth, padded_queries=True) if shape.ragged else None
+    needs = 64 * shape.elements  # results, their truth, and one of them compared in float64
     providers = {
-        OURS: provider(ours, backward),
-        COPY_FREE: provider(copy_free, backward, truth=of_rivals),
-        REARRANGED: provider(rearranged, backward, truth=of_rivals),
+        OURS: provider(ours, backward, needs=needs),
+        COPY_FREE: provider(copy_free, backward, needs=needs, truth=of_rivals),
+        REARRANGED: provider(rearranged, backward, needs=needs, truth=of_rivals),
     }
     claims = [Bar(COPY_FREE, OURS, at_least=1.0)]
     if not backward and shape.name.startswith(("animatediff", "timesformer")):
