@@ -1,6 +1,6 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a spill, on the oldest and the newest Triton.
+"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a spill on the newest Triton, for sm_90 on the oldest.
 
-`make gate` prints the tables. The oldest Triton lies in build/triton-3.6 (`make test` puts it there), or where
+`make gate` prints the tables, of all three on both. The oldest Triton lies in build/triton-3.6 (`make test` puts it there), or where
 FASTCONTRAST_TRITON_OLD says.
 """
 
@@ -29,6 +29,8 @@ def test_every_kernel_compiles_and_fits(version, tmp_path):
     out = tmp_path / "gate.json"
     # The CUDA C++ kernels have a test of their own, and no version of Triton.
     command = [sys.executable, str(ROOT / "tests" / "compile_gate.py"), "--without-cuda", "--json", str(out)]
+    architectures = {90} if version == "oldest" else {*ARCHITECTURES}
+    command += ["--arch", *map(str, sorted(architectures))]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
     assert out.exists(), done.stderr[-3000:]
     found = json.loads(out.read_text())
@@ -37,7 +39,7 @@ def test_every_kernel_compiles_and_fits(version, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert found["triton"].startswith("3.6") == (version == "oldest")
     for kernel in compile_gate.modules():
-        assert {row["architecture"] for row in found["rows"] if row["kernel"] == kernel} == {*ARCHITECTURES}
+        assert {row["architecture"] for row in found["rows"] if row["kernel"] == kernel} == architectures
     products = [row for row in found["rows"] if row["architecture"] == 90 and row["matrix_units"]]
     assert products, "no kernel uses wgmma"
 
