@@ -1,7 +1,7 @@
-"""Every Triton kernel compiles for sm_80, sm_90 and sm_100 without a spill on the newest Triton, for sm_90 on the oldest.
+"""Every Triton kernel compiles without a spill, on the newest Triton for three architectures.
 
-`make gate` prints the tables, of all three on both. The oldest Triton lies in build/triton-3.6 (`make test` puts it there), or where
-FASTCONTRAST_TRITON_OLD says.
+`make gate` prints the tables, of all three on both. The oldest Triton lies in build/triton-3.6 (`make test` puts it
+there), or where FASTCONTRAST_TRITON_OLD says.
 """
 
 import json

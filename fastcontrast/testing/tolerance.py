@@ -14,6 +14,8 @@ def _split(actual: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
         raise AssertionError(f"shape {list(actual.shape)}, expected {list(truth.shape)}")
     actual, truth = actual.detach().double(), truth.detach().double()
     finite = truth.isfinite()
+    if finite.all() and actual.isfinite().all():  # the usual case, in which nothing has to be picked out
+        return actual - truth, truth
     torch.testing.assert_close(
         actual[~finite], truth[~finite], rtol=0, atol=0, equal_nan=True, msg=lambda text: f"infinities and NaN: {text}"
     )
