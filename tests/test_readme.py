@@ -28,7 +28,7 @@ def test_two_commands_and_both_are_targets():
 
 
 def test_the_example_runs_and_trains():
-    code, _ = blocks("python")
+    code, _, _ = blocks("python")
     assert len(code.strip().splitlines()) <= 10 + 1  # the blank line between imports and code
     torch.manual_seed(0)
     towers = {name: nn.Linear(16, 8) for name in ("image_tower", "text_tower")}
@@ -43,10 +43,24 @@ def test_the_example_runs_and_trains():
 
 def test_the_example_of_decoding_prints_what_is_shown(capsys, one_thread):
     pytest.importorskip("gguf", reason="the model's package is not installed")
-    _, code = blocks("python")
+    _, code, _ = blocks("python")
     (shown,) = blocks("text")
     exec(code, {})
     assert capsys.readouterr().out == shown
+
+
+def test_the_example_of_attention_across_frames_runs():
+    _, _, code = blocks("python")
+    seen = {"clips": 2, "frames": 3, "tokens": 5, "heads": 2, "width": 8, "qkv": torch.randn(6, 5, 48)}
+    exec(code, seen)
+    q, k, v = (
+        x.transpose(1, 2) for x in (seen["q"][:, 1], seen["k"][:, :2].flatten(1, 2), seen["v"][:, :2].flatten(1, 2))
+    )
+    dense = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    assert seen["out"].shape == (2, 3, 5, 2, 8)
+    assert not torch.allclose(seen["out"][:, 1], dense)  # at frame 1 both are frame 0
+    dense = nn.functional.scaled_dot_product_attention(q, k[:, :, :5], v[:, :, :5]).transpose(1, 2)
+    torch.testing.assert_close(seen["out"][:, 1], dense)
 
 
 def seconds(value: float) -> str:
