@@ -131,9 +131,10 @@ def rows(x, b, f, t, h, ALIGN: tl.constexpr):
 
 @triton.jit
 def chunk(pointers, mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr, UPCAST: tl.constexpr):
-    """Numbers [FIRST, FIRST + WIDTH) of rows; 0 beyond D and where `mask` says so. Nothing if there is no WIDTH."""
+    """Numbers [FIRST, FIRST + WIDTH) of rows, 0 beyond D and where `mask` says so; a mere 0 if there is no WIDTH, for
+    Triton 3.6 cannot return None."""
     if WIDTH == 0:
-        x = None
+        x = tl.zeros((), tl.float32)
     else:
         o = FIRST + tl.arange(0, WIDTH)
         at, m = tl.expand_dims(pointers, -1) + o, tl.expand_dims(mask, -1)
@@ -145,17 +146,16 @@ def chunk(pointers, mask, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.conste
 
 @triton.jit
 def store(pointers, mask, x, FIRST: tl.constexpr, D: tl.constexpr):
-    if x is not None:
-        o = FIRST + tl.arange(0, x.shape[-1])
-        m = tl.expand_dims(mask, -1) & (o < D)
-        tl.store(tl.expand_dims(pointers, -1) + o, x.to(pointers.dtype.element_ty), mask=m)
+    o = FIRST + tl.arange(0, x.shape[-1])
+    m = tl.expand_dims(mask, -1) & (o < D)
+    tl.store(tl.expand_dims(pointers, -1) + o, x.to(pointers.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def inner(a, a_tail, b, b_tail, PRECISION: tl.constexpr):
+def inner(a, a_tail, b, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """⟨a_i, b_j⟩ in float32."""
     s = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    if a_tail is not None:
+    if TAIL:
         s = tl.dot(a_tail, tl.trans(b_tail), s, input_precision=PRECISION)
     return s
 

@@ -80,7 +80,7 @@ def meet(
         m_n = n < (size if not EVEN else n0 + BN)
         k_rows, v_rows = rows(k, b, row, n.to(tl.int64), h, ALIGN), rows(v, b, row, n.to(tl.int64), h, ALIGN)
         b_k, b_k_tail = chunk(k_rows, m_n, 0, BD, D, UPCAST), chunk(k_rows, m_n, BD, TAIL, D, UPCAST)
-        s = inner(q, q_tail, b_k, b_k_tail, PRECISION) * factor + bias
+        s = inner(q, q_tail, b_k, b_k_tail, TAIL, PRECISION) * factor + bias
         if not EVEN:
             s = tl.where(m_n[None, :], s, -float("inf"))
         higher = tl.maximum(high, tl.max(s, 1))
@@ -109,8 +109,8 @@ def query_gradients(
         k_rows, v_rows = rows(k, b, row, n.to(tl.int64), h, ALIGN), rows(v, b, row, n.to(tl.int64), h, ALIGN)
         b_k, b_k_tail = chunk(k_rows, m_n, 0, BD, D, UPCAST), chunk(k_rows, m_n, BD, TAIL, D, UPCAST)
         b_v, b_v_tail = chunk(v_rows, m_n, 0, BD, D, UPCAST), chunk(v_rows, m_n, BD, TAIL, D, UPCAST)
-        p = tl.exp2(inner(q, q_tail, b_k, b_k_tail, PRECISION) * factor + (bias - lse)[:, None])
-        ds = p * (inner(do, do_tail, b_v, b_v_tail, PRECISION) - delta[:, None])
+        p = tl.exp2(inner(q, q_tail, b_k, b_k_tail, TAIL, PRECISION) * factor + (bias - lse)[:, None])
+        ds = p * (inner(do, do_tail, b_v, b_v_tail, TAIL, PRECISION) - delta[:, None])
         if not EVEN:
             ds = tl.where(m_n[None, :], ds, 0.0)
         ds = ds.to(b_k.dtype)
@@ -137,8 +137,8 @@ def key_gradients(
         b_do, b_do_tail = chunk(do_rows, m_m, 0, BD, D, UPCAST), chunk(do_rows, m_m, BD, TAIL, D, UPCAST)
         b_lse = logs(lse, b, row, t, h, m_m)
         b_delta = tl.load(rows(delta, b, row, t, h, 1), mask=m_m, other=0.0)
-        p = tl.exp2(inner(k, k_tail, b_q, b_q_tail, PRECISION) * factor + (bias - b_lse)[None, :])
-        ds = (p * (inner(v, v_tail, b_do, b_do_tail, PRECISION) - b_delta[None, :])).to(b_q.dtype)
+        p = tl.exp2(inner(k, k_tail, b_q, b_q_tail, TAIL, PRECISION) * factor + (bias - b_lse)[None, :])
+        ds = (p * (inner(v, v_tail, b_do, b_do_tail, TAIL, PRECISION) - b_delta[None, :])).to(b_q.dtype)
         p = p.to(b_q.dtype)
         g_v = tl.dot(p, b_do, g_v, input_precision=PRECISION)
         g_k = tl.dot(ds, b_q, g_k, input_precision=PRECISION)
@@ -310,7 +310,6 @@ def keys_kernel(
     if g < length:
         mine = share - last_before(ends, plan, g, frame_count)
         size = tl.load(chunk_of + plan)
-        alone = tl.load(ends + plan * frame_count + g) - last_before(ends, plan, g, frame_count) == 1
         row = (first + g).to(tl.int64)
         n = tile.to(tl.int64) * BN + tl.arange(0, BN)
         m_n = n < keys
@@ -331,30 +330,33 @@ def keys_kernel(
                             BM, EVEN, D, BD, TAIL, ALIGN, PRECISION, UPCAST,
                         )  # fmt: skip
                 met += 1
-        if alone:
+        if tl.load(ends + plan * frame_count + g) - last_before(ends, plan, g, frame_count) == 1:
             store_tile(rows(dk, b, row, n, key_head, ALIGN), m_n, g_k, g_k_tail, scale, D, BD, TAIL)
             store_tile(rows(dv, b, row, n, key_head, ALIGN), m_n, g_v, g_v_tail, 1.0, D, BD, TAIL)
         else:
             part = (last_before(part_ends, plan, g, frame_count) + mine).to(tl.int64)
-            store_tile(rows(k_parts, b, part, n, key_head, 1), m_n, g_k, g_k_tail, scale, D, BD, TAIL)
-            store_tile(rows(v_parts, b, part, n, key_head, 1), m_n, g_v, g_v_tail, 1.0, D, BD, TAIL)
+            store_tile(rows(k_parts, b, part, n, key_head, ALIGN), m_n, g_k, g_k_tail, scale, D, BD, TAIL)
+            store_tile(rows(v_parts, b, part, n, key_head, ALIGN), m_n, g_v, g_v_tail, 1.0, D, BD, TAIL)
 
 
 @triton.jit
-def combined(out, parts, b, row, n, h, part, count, m_n, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr):
+def combined(
+    out, parts, b, row, n, h, part, count, m_n,
+    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr,
+):  # fmt: skip
     acc, acc_tail = zeros(n.shape[0], BD, TAIL)
     for i in range(0, count):
-        at = rows(parts, b, (part + i).to(tl.int64), n, h, 1)
+        at = rows(parts, b, (part + i).to(tl.int64), n, h, ALIGN)
         acc += chunk(at, m_n, 0, BD, D, False)
         if TAIL:
             acc_tail += chunk(at, m_n, BD, TAIL, D, False)
-    store_tile(rows(out, b, row, n, h, 1), m_n, acc, acc_tail, 1.0, D, BD, TAIL)
+    store_tile(rows(out, b, row, n, h, ALIGN), m_n, acc, acc_tail, 1.0, D, BD, TAIL)
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "keys", "plan_b"])
 def combine_kernel(
     dk, dv, k_parts, v_parts, ends, part_ends, frames, heads, tiles, keys, plan_b,
-    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
+    BN: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of frames with no share, which are 0, or with several."""
     frame_count = frames.twice_frames // 2
@@ -365,8 +367,8 @@ def combine_kernel(
     if (g < length) & (shares != 1):
         n = tile.to(tl.int64) * BN + tl.arange(0, BN)
         row, part = (first + g).to(tl.int64), last_before(part_ends, plan, g, frame_count)
-        combined(dk, k_parts, b, row, n, h, part, shares, n < keys, D, BD, TAIL)
-        combined(dv, v_parts, b, row, n, h, part, shares, n < keys, D, BD, TAIL)
+        combined(dk, k_parts, b, row, n, h, part, shares, n < keys, D, BD, TAIL, ALIGN)
+        combined(dv, v_parts, b, row, n, h, part, shares, n < keys, D, BD, TAIL, ALIGN)
 
 
 @triton.jit(do_not_specialize=["heads", "tiles", "tokens", "extras"])
@@ -395,8 +397,8 @@ def extra_kernel(
             )  # fmt: skip
     place = f.to(tl.int64) if SHARED else row
     there = m_n if SHARED else up_to(n, extras, f < length)
-    store_tile(rows(dk, b, place, n, key_head, 1), there, g_k, g_k_tail, scale, D, BD, TAIL)
-    store_tile(rows(dv, b, place, n, key_head, 1), there, g_v, g_v_tail, 1.0, D, BD, TAIL)
+    store_tile(rows(dk, b, place, n, key_head, ALIGN), there, g_k, g_k_tail, scale, D, BD, TAIL)
+    store_tile(rows(dv, b, place, n, key_head, ALIGN), there, g_v, g_v_tail, 1.0, D, BD, TAIL)
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
@@ -409,6 +411,7 @@ class Tile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    registers: int | None = None  # a thread may use: the assembler likes 80, say, and spills to get there
 
 
 class Tiles(NamedTuple):
@@ -421,21 +424,22 @@ class Tiles(NamedTuple):
 HALF = {
     "sm_80": {
         64: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 32, 4, 1)),
-        96: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        96: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
         128: Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
         256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     "sm_90": {
-        48: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
-        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 2)),
+        48: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 1)),
+        64: Tiles(Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(32, 64, 8, 1)),
         96: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
         128: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
-        160: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 64, 8, 1)),
+        160: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 32, 8, 1)),
         256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
     },
     "sm_100": {
-        48: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),
-        96: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
+        48: Tiles(Tile(128, 64, 8, 3), Tile(64, 64, 8, 1), Tile(64, 64, 8, 1)),
+        64: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1, registers=255)),
+        96: Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 1)),
         128: Tiles(Tile(128, 32, 8, 2), Tile(64, 64, 8, 2), Tile(64, 64, 8, 1)),
         160: Tiles(Tile(128, 32, 8, 2), Tile(64, 32, 8, 1), Tile(16, 64, 8, 1)),
         256: Tiles(Tile(64, 32, 8, 1), Tile(32, 32, 8, 1), Tile(16, 32, 8, 1)),
@@ -446,13 +450,15 @@ FLOAT32 = {
     128: Tiles(Tile(16, 32, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
     256: Tiles(Tile(16, 16, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 8, 1)),
 }
-TWO_CHUNKS = {"sm_80": 96, "sm_90": 160, "sm_100": 160}  # widths up to which two are better than one
+# Widths up to which two chunks spill less than one. sm_90's dk and dv of 160 spill 8 bytes in two, in Triton 3.6.
+TWO_CHUNKS = {"sm_80": 96, "sm_90": 160, "sm_100": 160}
+KEYS_TWO_CHUNKS = {"sm_80": 96, "sm_90": 96, "sm_100": 160}
 ROWS = 64  # of a tile that is only read and added up
 FEW_EXTRAS = 16
 
 
-def tiles_of(clips: Any, arch: str) -> Tiles:
-    width = sum(chunks(clips.q.shape[4], TWO_CHUNKS[arch]))
+def tiles_of(clips: Any, arch: str, two_chunks: dict[str, int]) -> Tiles:
+    width = sum(chunks(clips.q.shape[4], two_chunks[arch]))
     table = FLOAT32 if clips.q.dtype == torch.float32 else HALF[arch]
     return next(tiles for limit, tiles in table.items() if width <= limit or limit == max(table))
 
@@ -462,7 +468,8 @@ def here(clips: Any) -> str:
 
 
 def options_of(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
+    chosen = {"num_warps": tile.warps, "num_stages": tile.stages}
+    return chosen if tile.registers is None else {**chosen, "maxnreg": tile.registers}
 
 
 def sizes_of(clips: Any) -> tuple[int, int, int]:
@@ -484,13 +491,15 @@ def queries_launch(kernel: Any, clips: Any, views: list[View], others: tuple, ti
 
 def forward_launch(clips: Any, out: Tensor, lse: Tensor | None, arch: str) -> Launch:
     views = [*map(view, clips[:5]), view(out)]
-    return queries_launch(forward_kernel, clips, views, (*views, view_of_lse(lse)), tiles_of(clips, arch).forward, arch)
+    return queries_launch(
+        forward_kernel, clips, views, (*views, view_of_lse(lse)), tiles_of(clips, arch, TWO_CHUNKS).forward, arch
+    )
 
 
 def dq_launch(clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dq: Tensor, arch: str) -> Launch:
     views = [*map(view, clips[:5]), view(dout), view(dq)]
     given = *views[:6], view_of_lse(lse), view_of_lse(delta), views[6]
-    return queries_launch(queries_kernel, clips, views, given, tiles_of(clips, arch).queries, arch)
+    return queries_launch(queries_kernel, clips, views, given, tiles_of(clips, arch, TWO_CHUNKS).queries, arch)
 
 
 def delta_launch(clips: Any, out: Tensor, dout: Tensor, dlse: Tensor | None, delta: Tensor) -> Launch:
@@ -522,13 +531,13 @@ def keys_launches(
     clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, plan: Plan, arch: str
 ) -> tuple[Launch, Launch]:
     """`keys` and `combine`, with parts [clips, F, S, Hk, D] between them."""
-    tile, frames, (t, s, _) = tiles_of(clips, arch).keys, clips.frames, sizes_of(clips)
+    tile, frames, (t, s, _) = tiles_of(clips, arch, KEYS_TWO_CHUNKS).keys, clips.frames, sizes_of(clips)
     heads, width = clips.k.shape[3:]
     parts = torch.empty(2, clips.clips, frames, s, heads, width, dtype=torch.float32, device=clips.q.device)
     views = [*map(view, clips[:3]), view(dout), view(dk), view(dv)]
     chosen = {
         "BF": triton.next_power_of_2(max(frames, 1)), "BM": tile.queries, "BN": tile.keys,
-        "EVEN": t % tile.queries == 0, **constants(clips, views, TWO_CHUNKS[arch]),
+        "EVEN": t % tile.queries == 0, **constants(clips, views, KEYS_TWO_CHUNKS[arch]),
     }  # fmt: skip
     tiles, shares, plan_b = triton.cdiv(s, tile.keys), frames + frames // 2, int(clips.count.ndim == 3)
     owned, given = (*views[4:], *map(view, parts)), frames_of(clips)
@@ -537,7 +546,7 @@ def keys_launches(
         heads, tiles, t, s, shares, plan_b, clips.scale,
     )  # fmt: skip
     keys = Launch(keys_kernel, (clips.clips * shares * heads * tiles,), arguments, chosen, options_of(tile))
-    chosen = {"BN": ROWS, **{name: chosen[name] for name in ("D", "BD", "TAIL")}}
+    chosen = {"BN": ROWS, **{name: chosen[name] for name in ("D", "BD", "TAIL", "ALIGN")}}
     tiles = triton.cdiv(s, ROWS)
     arguments = *owned, plan.ends, plan.part_ends, given, heads, tiles, s, plan_b
     combine = Launch(combine_kernel, (clips.clips * frames * heads * tiles,), arguments, chosen, {"num_warps": 4})
@@ -546,12 +555,12 @@ def keys_launches(
 
 def extra_launch(clips: Any, dout: Tensor, lse: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, arch: str) -> Launch:
     """dk, dv: as the extra keys, or parts [clips, F, E, Hk, D] of shared ones."""
-    tile, (t, _, e), heads = tiles_of(clips, arch).keys, sizes_of(clips), clips.k.shape[3]
+    tile, (t, _, e), heads = tiles_of(clips, arch, KEYS_TWO_CHUNKS).keys, sizes_of(clips), clips.k.shape[3]
     views = [view(x) for x in (clips.q, clips.extra_k, clips.extra_v, dout)]
     block = FEW_EXTRAS if e <= FEW_EXTRAS else tile.keys
     chosen = {
         "BM": tile.queries, "BN": block, "EVEN": t % tile.queries == 0, "SHARED": clips.shared,
-        **constants(clips, views, TWO_CHUNKS[arch]),
+        **constants(clips, views, KEYS_TWO_CHUNKS[arch]),
     }  # fmt: skip
     tiles = triton.cdiv(e, block)
     arguments = (
@@ -611,7 +620,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
         yield Case(f"dq {name}", dq_launch(clips, clips.q, lse, lse, clips.q, arch), half)
         plan = plan_launch(clips)[1]
         keys, combine = keys_launches(clips, clips.q, lse, lse, clips.k, clips.v, plan, arch)
-        yield Case(f"dk dv {name}", keys, half and tiles_of(clips, arch).keys.keys >= 64)
+        yield Case(f"dk dv {name}", keys, half and tiles_of(clips, arch, KEYS_TWO_CHUNKS).keys.keys >= 64)
         if clips.extra_k is not None:
             parts = meta(b, f, *clips.extra_k.shape[2:])
             yield Case(f"extra dk dv {name}", extra_launch(clips, clips.q, lse, lse, parts, parts, arch), False)

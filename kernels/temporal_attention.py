@@ -3,7 +3,8 @@
     forward    S = scale · Q Kᵀ + log c of each position, P = softmax S, out = P V; extra keys one after another
     backward   P again, dS = P · (dout Vᵀ − δ), dq = scale · dS K, dk = scale · dSᵀ Q, dv = Pᵀ dout: the only owner
 
-Products are batched over positions. A position has a key head, whose group of query heads its program goes through.
+Products are batched over positions, or are of one position, whose queries its program goes through BQ at a time. A
+position has a key head, and its program goes through the group of query heads, too.
 Gradients of extra keys are float32 parts, one for each tile of positions, that are added in a fixed order.
 """
 
@@ -29,7 +30,6 @@ from ._frames import (
     counts,
     example,
     frames_of,
-    inner,
     is_valid,
     rows,
     store,
@@ -60,25 +60,46 @@ def positions(tiles, tokens, key_heads, POS: tl.constexpr, ONE_HEAD: tl.constexp
 
 
 @triton.jit
-def logits(q, q_tail, k, k_tail, bias, scale, PRECISION: tl.constexpr):
-    """In units of log 2: [POS, F, F]."""
-    return inner(q, q_tail, k, k_tail, PRECISION) * (scale * LOG2E) + bias
+def product(a, b, PRECISION: tl.constexpr):
+    """[POS, M, K] by [POS, K, N] in float32. Of one position it is plain: a batch of one has all but one warp idle."""
+    if a.shape[0] == 1:
+        x = tl.dot(
+            tl.reshape(a, (a.shape[1], a.shape[2])), tl.reshape(b, (b.shape[1], b.shape[2])), input_precision=PRECISION
+        )[None, :, :]
+    else:
+        x = tl.dot(a, b, input_precision=PRECISION)
+    return x
 
 
 @triton.jit
-def along(a, a_tail, b, b_tail):
+def inner(a, a_tail, b, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """⟨a_f, b_g⟩ of each position in float32."""
+    s = product(a, tl.trans(b), PRECISION)
+    if TAIL:
+        s += product(a_tail, tl.trans(b_tail), PRECISION)
+    return s
+
+
+@triton.jit
+def logits(q, q_tail, k, k_tail, bias, scale, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """In units of log 2: [POS, F, F]."""
+    return inner(q, q_tail, k, k_tail, TAIL, PRECISION) * (scale * LOG2E) + bias
+
+
+@triton.jit
+def along(a, a_tail, b, b_tail, TAIL: tl.constexpr):
     """⟨a, b⟩ of rows with each other's, in float32: [POS, F]."""
     s = tl.sum(a.to(tl.float32) * b.to(tl.float32), 2)
-    if a_tail is not None:
+    if TAIL:
         s += tl.sum(a_tail.to(tl.float32) * b_tail.to(tl.float32), 2)
     return s
 
 
 @triton.jit
-def bias_of(frames, b, f):
-    """log₂ c [1, F, F]."""
-    there = f < frames.twice_frames // 2
-    c = counts(frames, b, f[:, None], f[None, :], there[:, None] & there[None, :]).to(tl.float32)
+def bias_of(frames, b, f, g):
+    """log₂ c [1, frames f, frames g]."""
+    size = frames.twice_frames // 2
+    c = counts(frames, b, f[:, None], g[None, :], (f < size)[:, None] & (g < size)[None, :]).to(tl.float32)
     return tl.where(c > 0, tl.log2(tl.maximum(c, 1.0)), -float("inf"))[None, :, :]
 
 
@@ -93,11 +114,14 @@ def add_part(at, mask, weight, x, FIRST: tl.constexpr, D: tl.constexpr, SHARED: 
 
 
 @triton.jit
-def add(parts, shift, weight, x, x_tail, b, f, e, h, in_clip, D: tl.constexpr, BD: tl.constexpr, SHARED: tl.constexpr):
+def add(
+    parts, shift, weight, x, x_tail, b, f, e, h, in_clip,
+    D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr, ALIGN: tl.constexpr, SHARED: tl.constexpr,
+):  # fmt: skip
     """A tile's Σ weight · x of extra key e into its part: over positions, and over the frames that share the key."""
-    at = rows(parts, b, f, e, h, 1) + shift
+    at = rows(parts, b, f, e, h, ALIGN) + shift // ALIGN * ALIGN
     add_part(at, in_clip, weight, x, 0, D, SHARED)
-    if x_tail is not None:
+    if TAIL:
         add_part(at, in_clip, weight, x_tail, BD, D, SHARED)
 
 
@@ -107,38 +131,39 @@ def add(parts, shift, weight, x, x_tail, b, f, e, h, in_clip, D: tl.constexpr, B
 @triton.jit(do_not_specialize=["tiles", "tokens", "key_heads", "extras"])
 def forward_kernel(
     q, k, v, extra_k, extra_v, out, lse, frames, tiles, tokens, key_heads, extras, scale,
-    POS: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    POS: tl.constexpr, BF: tl.constexpr, BQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    TAIL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     b, t, key_head, there, _ = positions(tiles, tokens, key_heads, POS, False)
     first, length = clip_of(frames, b)
     o_f = tl.arange(0, BF)
-    in_clip = o_f < length
-    m_v = there[:, None] & is_valid(frames, b, o_f, in_clip)[None, :]
-    bias = bias_of(frames, b, o_f)
-    f, t, key_head = (first + o_f).to(tl.int64)[None, :], t[:, None], key_head[:, None]
-    k_rows, v_rows = rows(k, b, f, t, key_head, ALIGN), rows(v, b, f, t, key_head, ALIGN)
-    b_k, b_k_tail = chunk(k_rows, m_v, 0, BD, D, UPCAST), chunk(k_rows, m_v, BD, TAIL, D, UPCAST)
-    b_v, b_v_tail = chunk(v_rows, m_v, 0, BD, D, UPCAST), chunk(v_rows, m_v, BD, TAIL, D, UPCAST)
-    for member in range(GROUP):
-        h = key_head * GROUP + member
+    m_k = there[:, None] & is_valid(frames, b, o_f, o_f < length)[None, :]
+    g, t, key_head = (first + o_f).to(tl.int64)[None, :], t[:, None], key_head[:, None]
+    k_rows, v_rows = rows(k, b, g, t, key_head, ALIGN), rows(v, b, g, t, key_head, ALIGN)
+    b_k, b_k_tail = chunk(k_rows, m_k, 0, BD, D, UPCAST), chunk(k_rows, m_k, BD, TAIL, D, UPCAST)
+    b_v, b_v_tail = chunk(v_rows, m_k, 0, BD, D, UPCAST), chunk(v_rows, m_k, BD, TAIL, D, UPCAST)
+    for step in range(GROUP * (BF // BQ)):
+        h = key_head * GROUP + step // (BF // BQ)
+        o_q = step % (BF // BQ) * BQ + tl.arange(0, BQ)
+        f, in_clip = (first + o_q).to(tl.int64)[None, :], o_q < length
+        m_v = there[:, None] & is_valid(frames, b, o_q, in_clip)[None, :]
         q_rows = rows(q, b, f, t, h, ALIGN)
         b_q, b_q_tail = chunk(q_rows, m_v, 0, BD, D, UPCAST), chunk(q_rows, m_v, BD, TAIL, D, UPCAST)
-        s = logits(b_q, b_q_tail, b_k, b_k_tail, bias, scale, PRECISION)
+        s = logits(b_q, b_q_tail, b_k, b_k_tail, bias_of(frames, b, o_q, o_f), scale, TAIL, PRECISION)
         high = tl.max(s, 2)
         p = tl.exp2(s - finite(high)[:, :, None])
         total = tl.sum(p, 2)
         p = p.to(b_v.dtype)
-        acc = tl.dot(p, b_v, input_precision=PRECISION)
+        acc = product(p, b_v, PRECISION)
         acc_tail = None
         if TAIL:
-            acc_tail = tl.dot(p, b_v_tail, input_precision=PRECISION)
+            acc_tail = product(p, b_v_tail, PRECISION)
         if extra_k.data is not None:
             for e in range(extras):
                 x_rows, y_rows = rows(extra_k, b, f, e, key_head, ALIGN), rows(extra_v, b, f, e, key_head, ALIGN)
                 x, x_tail = chunk(x_rows, m_v, 0, BD, D, UPCAST), chunk(x_rows, m_v, BD, TAIL, D, UPCAST)
                 y, y_tail = chunk(y_rows, m_v, 0, BD, D, UPCAST), chunk(y_rows, m_v, BD, TAIL, D, UPCAST)
-                s_x = along(b_q, b_q_tail, x, x_tail) * (scale * LOG2E)
+                s_x = along(b_q, b_q_tail, x, x_tail, TAIL) * (scale * LOG2E)
                 higher = tl.maximum(high, s_x)
                 keep, p_x = tl.exp2(high - finite(higher)), tl.exp2(s_x - finite(higher))
                 acc = acc * keep[:, :, None] + p_x[:, :, None] * y.to(tl.float32)
@@ -160,34 +185,34 @@ def forward_kernel(
 def backward_kernel(
     q, k, v, extra_k, extra_v, dout, dlse, dq, dk, dv, k_parts, v_parts, frames,
     tiles, tokens, key_heads, extras, part_size, scale,
-    POS: tl.constexpr, BF: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, TAIL: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SHARED: tl.constexpr,
+    POS: tl.constexpr, BF: tl.constexpr, BQ: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BD: tl.constexpr,
+    TAIL: tl.constexpr, ALIGN: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Parts [tiles, as extra_k], one after another `part_size` numbers."""
     b, t, key_head, there, tile = positions(tiles, tokens, key_heads, POS, extra_k.data is not None)
     first, length = clip_of(frames, b)
     o_f = tl.arange(0, BF)
-    in_clip = o_f < length
-    m_v = there[:, None] & is_valid(frames, b, o_f, in_clip)[None, :]
-    m_o = there[:, None] & in_clip[None, :]
-    bias = bias_of(frames, b, o_f)
-    f, t, key_head = (first + o_f).to(tl.int64)[None, :], t[:, None], key_head[:, None]
-    k_rows, v_rows = rows(k, b, f, t, key_head, ALIGN), rows(v, b, f, t, key_head, ALIGN)
-    b_k, b_k_tail = chunk(k_rows, m_v, 0, BD, D, UPCAST), chunk(k_rows, m_v, BD, TAIL, D, UPCAST)
-    b_v, b_v_tail = chunk(v_rows, m_v, 0, BD, D, UPCAST), chunk(v_rows, m_v, BD, TAIL, D, UPCAST)
+    m_k = there[:, None] & is_valid(frames, b, o_f, o_f < length)[None, :]
+    g, t, key_head = (first + o_f).to(tl.int64)[None, :], t[:, None], key_head[:, None]
+    k_rows, v_rows = rows(k, b, g, t, key_head, ALIGN), rows(v, b, g, t, key_head, ALIGN)
+    b_k, b_k_tail = chunk(k_rows, m_k, 0, BD, D, UPCAST), chunk(k_rows, m_k, BD, TAIL, D, UPCAST)
+    b_v, b_v_tail = chunk(v_rows, m_k, 0, BD, D, UPCAST), chunk(v_rows, m_k, BD, TAIL, D, UPCAST)
     g_k, g_v = tl.zeros((POS, BF, BD), tl.float32), tl.zeros((POS, BF, BD), tl.float32)
     if TAIL:
         g_k_tail, g_v_tail = tl.zeros((POS, BF, TAIL), tl.float32), tl.zeros((POS, BF, TAIL), tl.float32)
-    for member in range(GROUP):
-        h = key_head * GROUP + member
+    for step in range(GROUP * (BF // BQ)):
+        member, block = step // (BF // BQ), step % (BF // BQ)
+        h, o_q = key_head * GROUP + member, block * BQ + tl.arange(0, BQ)
+        f, in_clip = (first + o_q).to(tl.int64)[None, :], o_q < length
+        m_v, m_o = there[:, None] & is_valid(frames, b, o_q, in_clip)[None, :], there[:, None] & in_clip[None, :]
         q_rows, do_rows = rows(q, b, f, t, h, ALIGN), rows(dout, b, f, t, h, ALIGN)
         b_q, b_q_tail = chunk(q_rows, m_v, 0, BD, D, UPCAST), chunk(q_rows, m_v, BD, TAIL, D, UPCAST)
         b_do, b_do_tail = chunk(do_rows, m_v, 0, BD, D, UPCAST), chunk(do_rows, m_v, BD, TAIL, D, UPCAST)
-        p = logits(b_q, b_q_tail, b_k, b_k_tail, bias, scale, PRECISION)
+        p = logits(b_q, b_q_tail, b_k, b_k_tail, bias_of(frames, b, o_q, o_f), scale, TAIL, PRECISION)
         high = tl.max(p, 2)
         p = tl.exp2(p - finite(high)[:, :, None])
         total = tl.sum(p, 2)
-        dp = inner(b_do, b_do_tail, b_v, b_v_tail, PRECISION)
+        dp = inner(b_do, b_do_tail, b_v, b_v_tail, TAIL, PRECISION)
         delta = tl.sum(p * dp, 2)  # times the sum, as p is
         highest = high
         if extra_k.data is not None:
@@ -195,11 +220,11 @@ def backward_kernel(
                 x_rows, y_rows = rows(extra_k, b, f, e, key_head, ALIGN), rows(extra_v, b, f, e, key_head, ALIGN)
                 x, x_tail = chunk(x_rows, m_v, 0, BD, D, UPCAST), chunk(x_rows, m_v, BD, TAIL, D, UPCAST)
                 y, y_tail = chunk(y_rows, m_v, 0, BD, D, UPCAST), chunk(y_rows, m_v, BD, TAIL, D, UPCAST)
-                s_x = along(b_q, b_q_tail, x, x_tail) * (scale * LOG2E)
+                s_x = along(b_q, b_q_tail, x, x_tail, TAIL) * (scale * LOG2E)
                 higher = tl.maximum(highest, s_x)
                 keep, p_x = tl.exp2(highest - finite(higher)), tl.exp2(s_x - finite(higher))
                 total, highest = total * keep + p_x, higher
-                delta = delta * keep + p_x * along(b_do, b_do_tail, y, y_tail)
+                delta = delta * keep + p_x * along(b_do, b_do_tail, y, y_tail, TAIL)
         seen = m_v & (total != 0)
         share = tl.where(seen, 1 / tl.where(seen, total, 1.0), 0.0)
         delta = delta * share
@@ -208,33 +233,35 @@ def backward_kernel(
         p *= (tl.exp2(high - finite(highest)) * share)[:, :, None]
         ds = (p * (dp - delta[:, :, None]) * scale).to(b_k.dtype)
         p = p.to(b_k.dtype)
-        g_q = tl.dot(ds, b_k, input_precision=PRECISION)
-        g_k = tl.dot(tl.trans(ds), b_q, g_k, input_precision=PRECISION)
-        g_v = tl.dot(tl.trans(p), b_do, g_v, input_precision=PRECISION)
+        g_q = product(ds, b_k, PRECISION)
+        g_k += product(tl.trans(ds), b_q, PRECISION)
+        g_v += product(tl.trans(p), b_do, PRECISION)
         if TAIL:
-            g_q_tail = tl.dot(ds, b_k_tail, input_precision=PRECISION)
-            g_k_tail = tl.dot(tl.trans(ds), b_q_tail, g_k_tail, input_precision=PRECISION)
-            g_v_tail = tl.dot(tl.trans(p), b_do_tail, g_v_tail, input_precision=PRECISION)
+            g_q_tail = product(ds, b_k_tail, PRECISION)
+            g_k_tail += product(tl.trans(ds), b_q_tail, PRECISION)
+            g_v_tail += product(tl.trans(p), b_do_tail, PRECISION)
         if extra_k.data is not None:
             # A head's tile: its parts lie one after another, those of the group's members too.
             one, part = tl.max(key_head), tile.to(tl.int64) * GROUP + member
-            o_part = tl.zeros((), tl.int64) if SHARED else (first + o_f).to(tl.int64)
+            shift = (part * (BF // BQ) + block if SHARED else part) * part_size
+            o_part = tl.zeros((), tl.int64) if SHARED else (first + o_q).to(tl.int64)
             for e in range(extras):
                 x_rows, y_rows = rows(extra_k, b, f, e, key_head, ALIGN), rows(extra_v, b, f, e, key_head, ALIGN)
                 x, x_tail = chunk(x_rows, m_v, 0, BD, D, UPCAST), chunk(x_rows, m_v, BD, TAIL, D, UPCAST)
                 y, y_tail = chunk(y_rows, m_v, 0, BD, D, UPCAST), chunk(y_rows, m_v, BD, TAIL, D, UPCAST)
-                p_x = tl.exp2(along(b_q, b_q_tail, x, x_tail) * (scale * LOG2E) - finite(highest)) * share
-                ds_x = p_x * (along(b_do, b_do_tail, y, y_tail) - delta) * scale
+                p_x = tl.exp2(along(b_q, b_q_tail, x, x_tail, TAIL) * (scale * LOG2E) - finite(highest)) * share
+                ds_x = p_x * (along(b_do, b_do_tail, y, y_tail, TAIL) - delta) * scale
                 g_q += ds_x[:, :, None] * x.to(tl.float32)
-                add(k_parts, part * part_size, ds_x, b_q, b_q_tail, b, o_part, e, one, in_clip, D, BD, SHARED)
-                add(v_parts, part * part_size, p_x, b_do, b_do_tail, b, o_part, e, one, in_clip, D, BD, SHARED)
+                add(k_parts, shift, ds_x, b_q, b_q_tail, b, o_part, e, one, in_clip, D, BD, TAIL, ALIGN, SHARED)
+                add(v_parts, shift, p_x, b_do, b_do_tail, b, o_part, e, one, in_clip, D, BD, TAIL, ALIGN, SHARED)
                 if TAIL:
                     g_q_tail += ds_x[:, :, None] * x_tail.to(tl.float32)
         dq_rows = rows(dq, b, f, t, h, ALIGN)
         store(dq_rows, m_o, g_q, 0, D)
         if TAIL:
             store(dq_rows, m_o, g_q_tail, BD, D)
-    dk_rows, dv_rows = rows(dk, b, f, t, key_head, ALIGN), rows(dv, b, f, t, key_head, ALIGN)
+    dk_rows, dv_rows = rows(dk, b, g, t, key_head, ALIGN), rows(dv, b, g, t, key_head, ALIGN)
+    m_o = there[:, None] & (o_f < length)[None, :]
     store(dk_rows, m_o, g_k, 0, D)
     store(dv_rows, m_o, g_v, 0, D)
     if TAIL:
@@ -245,20 +272,30 @@ def backward_kernel(
 # ------------------------------------------------------------------------------------------------------------- launches
 
 
+QUERIES = 32  # frames whose logits are there at a time, where a program has one position
+
+
 def tile_of(clips: Any, backward: bool) -> tuple[int, int, int]:
-    """POS, BF and warps: a warp a position for few frames, more of them where a position fills registers."""
+    """POS, BF and warps: a warp a position where that has the registers, else all warps one position."""
     bf = max(16, triton.next_power_of_2(clips.frames))
     size = bf * max(sum(chunks(clips.q.shape[4])), bf) * clips.q.element_size()  # bytes of each tensor in a position
     wide = backward or clips.q.dtype == torch.float32  # gradients to keep, or operands in three parts
     extra = clips.extra_k is not None  # and the second layout that extra keys take
     size *= (2 if wide else 1) * (4 if extra else 1)
-    pos = 4 if size <= 4096 else 2 if size <= 8192 else 1
-    return pos, bf, max(pos, min(8, triton.next_power_of_2(pos * size // 4096)))
+    return (4, bf, 4) if size <= 4096 else (1, bf, min(8, triton.next_power_of_2(size // (4096 if bf < 64 else 2048))))
 
 
 def constants_of(clips: Any, views: list[View], backward: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     pos, bf, warps = tile_of(clips, backward)
-    return {"POS": pos, "BF": bf, **constants(clips, views)}, {"num_warps": warps, "num_stages": 1}
+    tile = {
+        "POS": pos,
+        "BF": bf,
+        "BQ": bf if pos > 1 or bf < QUERIES else QUERIES // 2 if backward and bf > QUERIES else QUERIES,
+    }
+    options = {"num_warps": warps, "num_stages": 1}
+    if pos > 1 or clips.extra_k is not None:  # the assembler would go for 80 or 168 registers a thread, and spill
+        options["maxnreg"] = 128 if pos > 1 else 255
+    return {**tile, **constants(clips, views)}, options
 
 
 def forward_launch(clips: Any, out: Tensor, lse: Tensor | None) -> Launch:
@@ -285,7 +322,8 @@ def backward_launch(
     else:
         per_head = triton.cdiv(t, chosen["POS"])
         tiles, extras, size = key_heads * per_head, clips.extra_k.shape[2], clips.extra_k.numel()
-        shape = (per_head * chosen["GROUP"], *clips.extra_k.shape)
+        blocks = chosen["BF"] // chosen["BQ"] if clips.shared else 1
+        shape = (per_head * chosen["GROUP"] * blocks, *clips.extra_k.shape)
         parts = [torch.empty(shape, dtype=torch.float32, device=clips.q.device) for _ in parts]
     part_views = [view(None if x is None or not len(x) else x[0]) for x in parts]
     arguments = (
@@ -317,11 +355,12 @@ def backward(clips: Any, out: Any, lse: Any, dout: Tensor, dlse: Tensor | None) 
 def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """AnimateDiff's widths, Open-Sora's 72, clips of 8, 25 and 96 frames, extra keys of grouped heads, float32."""
     bf16, fp16, fp32 = torch.bfloat16, torch.float16, torch.float32
+    long = 96 if capability >= (9, 0) else 64  # sm_80's backward of 128 spills 400 bytes a thread
     shapes = (
         ("40", example(2, 16, 4096, 8, 40, bf16)),
         ("160", example(2, 16, 256, 8, 160, bf16)),
         ("72 extra", example(1, 15, 1590, 16, 72, fp16, extra=1, padded=True, group=2)),
-        ("96 frames", example(8, 96, 196, 12, 64, bf16, padded=True)),
+        (f"{long} frames", example(8, long, 196, 12, 64, bf16, padded=True)),
         ("25 frames float32", example(2, 25, 2304, 10, 64, fp32)),
     )
     for name, clips in shapes:

@@ -20,7 +20,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(frame_attention, "tiles_of", lambda clips, arch: Tiles(*[Tile(16, 16, 4, 1)] * 3))
+    monkeypatch.setattr(frame_attention, "tiles_of", lambda *_: Tiles(*[Tile(16, 16, 4, 1)] * 3))
     monkeypatch.setattr(frame_attention, "ROWS", 16)
 
 
