@@ -475,11 +475,13 @@ def _write_tuned(gpu: str, op: str, winners: dict[str, list[tuple[float | None, 
 
 
 class Case(NamedTuple):
-    """What the compile gate compiles: a launch on meta tensors, and whether it must use the matrix units of sm_90+."""
+    """What the compile gate compiles: a launch on meta tensors, and whether it must use the matrix units of sm_90+, and
+    load no half-precision number by itself."""
 
     name: str
     launch: Launch
     matrix_units: bool
+    wide_loads: bool = False
 
 
 def described(config: Config) -> str:

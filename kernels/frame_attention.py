@@ -616,14 +616,14 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
     for name, clips in shapes:
         b, f, t, h, _ = clips.q.shape
         lse, half = meta(b, f, h, t), clips.q.dtype != fp32
-        yield Case(f"forward {name}", forward_launch(clips, clips.q, lse, arch), half)
-        yield Case(f"dq {name}", dq_launch(clips, clips.q, lse, lse, clips.q, arch), half)
+        yield Case(f"forward {name}", forward_launch(clips, clips.q, lse, arch), half, half)
+        yield Case(f"dq {name}", dq_launch(clips, clips.q, lse, lse, clips.q, arch), half, half)
         plan = plan_launch(clips)[1]
         keys, combine = keys_launches(clips, clips.q, lse, lse, clips.k, clips.v, plan, arch)
-        yield Case(f"dk dv {name}", keys, half and tiles_of(clips, arch, KEYS_TWO_CHUNKS).keys.keys >= 64)
+        yield Case(f"dk dv {name}", keys, half and tiles_of(clips, arch, KEYS_TWO_CHUNKS).keys.keys >= 64, half)
         if clips.extra_k is not None:
             parts = meta(b, f, *clips.extra_k.shape[2:])
-            yield Case(f"extra dk dv {name}", extra_launch(clips, clips.q, lse, lse, parts, parts, arch), False)
+            yield Case(f"extra dk dv {name}", extra_launch(clips, clips.q, lse, lse, parts, parts, arch), False, half)
             yield Case(f"delta {name}", delta_launch(clips, clips.q, clips.q, lse, lse), False)
             yield Case(f"plan {name}", plan_launch(clips)[0], False)
             yield Case(f"combine {name}", combine, False)

@@ -282,7 +282,9 @@ def tile_of(clips: Any, backward: bool) -> tuple[int, int, int]:
     wide = backward or clips.q.dtype == torch.float32  # gradients to keep, or operands in three parts
     extra = clips.extra_k is not None  # and the second layout that extra keys take
     size *= (2 if wide else 1) * (4 if extra else 1)
-    return (4, bf, 4) if size <= 4096 else (1, bf, min(8, triton.next_power_of_2(size // (4096 if bf < 64 else 2048))))
+    most = 4 if bf == 16 else 8  # more would load numbers one by one
+    warps = min(most, triton.next_power_of_2(size // (4096 if bf < 64 else 2048)))
+    return (4, bf, 4) if size <= 4096 else (1, bf, warps)
 
 
 def constants_of(clips: Any, views: list[View], backward: bool) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -365,7 +367,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
     )
     for name, clips in shapes:
         b, f, t, h, _ = clips.q.shape
-        lse = meta(b, f, h, t)
-        yield Case(f"forward {name}", forward_launch(clips, clips.q, lse), False)
+        lse, wide = meta(b, f, h, t), clips.q.dtype != fp32
+        yield Case(f"forward {name}", forward_launch(clips, clips.q, lse), False, wide)
         launch, _ = backward_launch(clips, clips.q, None, (clips.q, clips.k, clips.v))
-        yield Case(f"backward {name}", launch, False)
+        yield Case(f"backward {name}", launch, False, wide)

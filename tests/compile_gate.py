@@ -3,9 +3,10 @@
     python tests/compile_gate.py [--arch 80 90 100] [--json FILE] [--only TEXT] [--without-cuda]
 
 Prints kernel × case × architecture with registers a thread, stack (where spilled registers go), shared memory and
-whether the chip's matrix units are used; fails on a spill, on what does not fit the chip, or on a half-precision
-product that misses the matrix units of sm_90 (wgmma) or sm_100 (tcgen05). Kernels are found in kernels/*.py: each file
-says with `compile_cases(capability)` what there is; and in csrc/cuda/*.cu, where there is an nvcc.
+whether the chip's matrix units are used; fails on a spill, on what does not fit the chip, on a half-precision product
+that misses the matrix units of sm_90 (wgmma) or sm_100 (tcgen05), or on loads of single numbers where rows allow more.
+Kernels are found in kernels/*.py: each file says with `compile_cases(capability)` what there is; and in csrc/cuda/*.cu,
+where there is an nvcc.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ ARCHITECTURES = (80, 90, 100)
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes a program may have
 REGISTERS = 255
 MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+NARROW = r"ld\.global\S*\.[bu]16 "
 PROCESSES = 2
 CSRC = Path(__file__).parents[1] / "csrc"
 CUDA_TARGETS = {80: "sm_80", 90: "sm_90a", 100: "sm_100a"}
@@ -43,6 +45,7 @@ class Compiled:
     stack: int = 0
     shared: int = 0
     matrix_units: str = ""
+    narrow_loads: int = 0  # of 16 bits
     seconds: float = 0.0
     fault: str = ""
 
@@ -100,7 +103,8 @@ def compile_case(name: str, index: int, architecture: int) -> Compiled:
     row.shared = compiled.metadata.shared
     unit = MATRIX_UNITS[architecture]
     row.matrix_units = unit.split(".")[0] if unit in compiled.asm["ptx"] else ""
-    row.fault = fault(row, case.matrix_units)
+    row.narrow_loads = len(re.findall(NARROW, compiled.asm["ptx"]))
+    row.fault = fault(row, case.matrix_units, case.wide_loads)
     return row
 
 
@@ -168,7 +172,7 @@ def run_cuda(architectures: list[int], only: str = "") -> list[Compiled]:
     return [row for row in rows if only in f"{row.kernel} {row.case}"]
 
 
-def fault(row: Compiled, needs_matrix_units: bool) -> str:
+def fault(row: Compiled, needs_matrix_units: bool, needs_wide_loads: bool = False) -> str:
     if row.stack:
         return f"spills: {row.stack} bytes of stack"
     if row.registers > REGISTERS:
@@ -177,6 +181,8 @@ def fault(row: Compiled, needs_matrix_units: bool) -> str:
         return f"{row.shared} bytes of shared memory, the chip has {SHARED[row.architecture]}"
     if needs_matrix_units and not row.matrix_units:
         return f"no {MATRIX_UNITS[row.architecture]}"
+    if needs_wide_loads and row.narrow_loads:
+        return f"{row.narrow_loads} loads of single numbers"
     return ""
 
 
