@@ -23,13 +23,18 @@ BUILD = ROOT / "build" / "gpu"
 OUTPUT = Path(os.environ.get("FASTCONTRAST_GPU_OUTPUT", "gpu-output")).resolve()
 SECONDS = float(os.environ.get("FASTCONTRAST_GPU_SECONDS", 520))  # of the whole; benchmarks get what is left
 LIMITS = {"build": 120, "tests": 200, "memory checker": 90}
-SMALL = "test_small_lse or test_small_softplus or test_small_topk or test_small_linear_kl or test_small_decoding"
+TESTS = ("test_gpu.py", "test_gpu_attention.py")
+SMALL = (
+    "test_small_lse or test_small_softplus or test_small_topk or test_small_linear_kl or test_small_decoding"
+    " or test_small_attention"
+)
 
 
 def commands(seconds_left: float) -> dict[str, list[str] | str]:
     """What each step runs; a sentence where it cannot."""
     python = sys.executable
-    tests = [python, "-m", "pytest", "-m", "gpu", str(ROOT / "tests" / "test_gpu.py"), "-p", "no:cacheprovider"]
+    files = [str(ROOT / "tests" / name) for name in TESTS]
+    tests = [python, "-m", "pytest", "-m", "gpu", *files, "-p", "no:cacheprovider"]
     checker = shutil.which("compute-sanitizer")
     memory: list[str] | str = "compute-sanitizer is not on the PATH"
     if checker:
