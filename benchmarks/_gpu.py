@@ -17,6 +17,7 @@ from fastcontrast import clip_loss, info_nce, siglip_loss
 from fastcontrast.ops import similarity_lse
 from fastcontrast.testing.shapes import Shape
 
+from . import _gpu_attention as attention
 from . import _gpu_decoding as decoding
 from . import _language as language
 from . import _rivals as rivals
@@ -233,7 +234,9 @@ def workloads(op: str, quick: bool, device: str = "cuda") -> list[Workload]:
         "similarity_lse": _lse, "similarity_softplus": _softplus, "linear_cross_entropy": _cross_entropy,
         "linear_kl": _kl,
     }  # fmt: skip
-    return most[op](quick, device) if op in most else decoding.workloads(op, quick, device)
+    if op in most:
+        return most[op](quick, device)
+    return decoding.workloads(op, quick, device) or attention.workloads(op, quick, device)
 
 
 def measurements(op: str) -> dict[str, Callable[[bool, int | None], list[Row]]]:

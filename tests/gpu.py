@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "gpu"
 OUTPUT = Path(os.environ.get("FASTCONTRAST_GPU_OUTPUT", "gpu-output")).resolve()
 SECONDS = float(os.environ.get("FASTCONTRAST_GPU_SECONDS", 520))  # of the whole; benchmarks get what is left
-LIMITS = {"build": 120, "tests": 200, "memory checker": 90}
+LIMITS = {"build": 120, "tests": 300, "memory checker": 90}
 TESTS = ("test_gpu.py", "test_gpu_attention.py")
 SMALL = (
     "test_small_lse or test_small_softplus or test_small_topk or test_small_linear_kl or test_small_decoding"

@@ -7,14 +7,16 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from fastcontrast.benchmarks import _gpu, _memory, _pairs, _report, _rivals, similarity_lse
+from fastcontrast.benchmarks import _gpu, _gpu_attention, _memory, _pairs, _report, _rivals, _video, similarity_lse
 from fastcontrast.benchmarks import _harness as harness
 
 from fastcontrast import cli
-from fastcontrast.testing.shapes import Shape
+from fastcontrast.ops import frame_rules
+from fastcontrast.testing.shapes import Shape, video
 
 TINY = Shape("tiny", 48, 48, 8)
 
@@ -243,7 +245,8 @@ def test_command_line_names_unknown_operations(capsys):
 def test_workloads_of_a_gpu_are_right_where_there_is_none():
     """Everything but the clock and the kernels: the same inputs, truths, providers and bars, small, on the CPU."""
     workloads = [w for op in harness.operations() for w in _gpu.workloads(op, quick=True, device="cpu")]
-    assert {"clip 256 × 64", "siglip 256 × 64"} <= {w.name for w in workloads}
+    of_attention = {"animatediff_l2, tiny", "tune_mid, tiny, forward", "selfforcing, tiny, forward"}
+    assert {"clip 256 × 64", "siglip 256 × 64", *of_attention} <= {w.name for w in workloads}
     for workload in workloads:
         providers = {name: replace(provider, memory=False) for name, provider in workload.providers.items()}
         rows = harness.run(replace(workload, providers=providers, bars=()), "fastcontrast.benchmarks.none", True, 1)
@@ -258,6 +261,27 @@ def test_workloads_of_a_gpu_are_right_where_there_is_none():
     for workload in full:
         names = {*workload.providers, *workload.floors}
         assert all(bar.of in names and bar.over in {*names, None} for bar in workload.bars)
+
+
+def test_xformers_gets_what_it_takes(monkeypatch):
+    """Tokens before heads, as xformers has them, with torch in its place."""
+
+    def attend(q, k, v):
+        out = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2)
+
+    monkeypatch.setattr(_rivals, "need", lambda *_: SimpleNamespace(memory_efficient_attention=attend))
+    workload = _gpu_attention.frame("cpu", _video.tiny(video("xclip_frame")), backward=True)
+    only = {_gpu_attention.XFORMERS: workload.providers[_gpu_attention.XFORMERS]}
+    (row,) = harness.run(replace(workload, providers=only), "fastcontrast.benchmarks.none", True, 1)
+    assert row.status == "ok", row.note
+
+
+def test_a_mask_says_all_of_a_rule_whose_frames_count_their_keys_alike():
+    """Frames 0 and 1 attend frame 0 twice and nothing else under first_previous; with a third entry, frame 1 more."""
+    rules = ("first", "all", "causal", "first_previous", frame_rules.frames("first", -1, 0))
+    counts = [frame_rules.count_matrix(rule, 4) for rule in rules]
+    assert [_gpu_attention.masked(count) for count in counts] == [True, True, True, True, False]
 
 
 def test_a_gpu_is_needed_for_its_benchmarks(capsys):

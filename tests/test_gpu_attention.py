@@ -74,9 +74,14 @@ def test_small_attention(dtype, op):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("kind", "extra", "hk"), [("none", None, 4), ("lengths", 2, 2), ("mask", (3, "shared"), 1)])
-def test_every_rule_with_padding_extra_keys_and_grouped_heads(kind, extra, hk, dtype, op):
+@pytest.mark.parametrize(
+    ("dtype", "kind", "extra", "hk"),
+    [*((dtype, *case) for dtype in DTYPES[:2] for case in
+       (("none", None, 4), ("lengths", 2, 2), ("mask", (3, "shared"), 1))),
+     (torch.float16, "lengths", (3, "shared"), 2)],
+    ids=str,
+)  # fmt: skip
+def test_every_rule_with_padding_extra_keys_and_grouped_heads(dtype, kind, extra, hk, op):
     tensors = inputs(3, 5, 37, 4, 40, hk=hk, extra=extra, dtype=dtype)
     for rule in RULES:
         assert_accurate(op, tensors, rule=rule_of(rule, 5), **padding(kind, 3, 5))
@@ -92,7 +97,7 @@ def test_padding_alone(kind, op):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("width", "dtype"),
-    [*((width, torch.bfloat16) for width in WIDTHS), *((width, torch.float32) for width in (8, 80, 160, 256)),
+    [*((width, torch.bfloat16) for width in WIDTHS), *((width, torch.float32) for width in (80, 256)),
      (72, torch.float16)],
     ids=str,
 )  # fmt: skip
