@@ -32,6 +32,9 @@ def test_it_refuses_more_frames_than_a_tile_holds():
     tensors = inputs(1, _attend.LONGEST_TILE + 1, 1, 1, 8)
     with pytest.raises(NotImplementedError, match="it holds 128 frames, these are 129"):
         assert_right("temporal_attention", tensors, implementation="triton")
+    tensors = inputs(1, 17, 1, 1, 160)
+    with pytest.raises(NotImplementedError, match="its tile of 4096 numbers does not hold 17 frames of width 160"):
+        assert_right("temporal_attention", tensors, implementation="triton")
 
 
 @pytest.mark.parametrize("backward", [False, True])

@@ -23,6 +23,7 @@ from ._sweep import address
 from ._workspace import empty_like
 
 LONGEST_TILE = 128  # frames that the Triton kernel of temporal attention holds at once
+LARGEST_TILE = 16384  # and numbers of them, of half precision: some 160 KiB of shared memory; of float32 a quarter
 
 # ----------------------------------------------------------------------------------------------------------- reference
 
@@ -182,6 +183,17 @@ def empty_backward(clips: Clips, like: Callable[[Tensor], Tensor] = torch.empty_
 # -------------------------------------------------------------------------------------------- torch.library, autograd
 
 
+def refuse_tile(clips: Clips) -> str | None:
+    """Why the Triton kernel of temporal attention cannot hold all frames of a position, or None."""
+    frames, width = clips.frames, clips.q.shape[4]
+    if frames > LONGEST_TILE:
+        return f"it holds {LONGEST_TILE} frames, these are {frames}"
+    most = LARGEST_TILE if clips.q.dtype.itemsize == 2 else LARGEST_TILE // 4
+    if max(16, 1 << (frames - 1).bit_length()) * width > most:
+        return f"its tile of {most} numbers does not hold {frames} frames of width {width}"
+    return None
+
+
 def _triton(op: str):
     return importlib.import_module(f"fastcontrast.kernels.{op}")
 
@@ -298,9 +310,7 @@ def attend(
     def refuse(name: str) -> str | None:
         if name == "sdpa":
             return refuse_view(clips, temporal, rule, return_lse)
-        if name == "triton" and temporal and clips.frames > LONGEST_TILE:
-            return f"it holds {LONGEST_TILE} frames, these are {clips.frames}"
-        return None
+        return refuse_tile(clips) if name == "triton" and temporal else None
 
     chosen = note(select(op, implementation, clips.q.device, clips.q.dtype, refuse))
     if chosen == "reference":
