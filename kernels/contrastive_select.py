@@ -189,7 +189,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
     def integers(*shape: int) -> Tensor:
         return meta(*shape, dtype=torch.int64)
 
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):  # float16 takes the registers that bfloat16 takes
         for vocabulary in (50257, 128256):
             launch, parts = top_launch(meta(64, vocabulary, dtype=dtype), 5)
             yield Case(f"top {str(dtype).removeprefix('torch.')} {vocabulary}", launch, False)

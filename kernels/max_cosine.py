@@ -158,12 +158,12 @@ def max_cosine(candidates: Tensor, context: Tensor, valid: Tensor | None) -> tup
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
     """Few and many positions, with and without padding, and rows that are no multiple of 16 bytes."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):  # float16 takes the registers that bfloat16 takes
         name = str(dtype).removeprefix("torch.")
         for b, t, d in ((1, 512, 768), (256, 1024, 768), (256, 1024, 65), (1, 512, 65)):
             context = meta(b, 2 * t, d, dtype=dtype)[:, :t]
             for valid in (None, meta(b, t, dtype=torch.bool)):
-                if d == 65 and valid is None:
+                if valid is None and (d == 65 or dtype == torch.float32):
                     continue
                 launch, keys = nearest_launch(meta(b, 5, d, dtype=dtype), context, valid)
                 case = f"nearest {name} {b}x{t}x{d}{'' if valid is None else ' valid'}"

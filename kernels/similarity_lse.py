@@ -595,7 +595,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
             problem = meta_problem(dtype, extra)
             for config in distinct(TABLE, f"lse {kind}{extra}", capability):
                 directions = {"both": (parts, parts)}
-                if kind == "half" and not extra:
+                if kind == "half" and not extra and config.tma:  # alone a direction keeps less than with the other
                     directions |= {"rows": (parts, Parts()), "columns": (Parts(), parts)}
                 for name, wanted in directions.items():
                     own = None if name == "columns" else vector
@@ -630,7 +630,7 @@ def _weights_cases(kind, extra, problem, constants, capability) -> Iterator[Case
             slopes = Slopes()
             if kernel == "slopes":
                 slopes = Slopes(target if kind != "half" else meta(n, n), vector)
-            if kernel == "slopes" or not plain:
+            if kernel == "slopes" or not plain or not config.tma:
                 directions.pop("both" if kernel == "slopes" else "rows")
             for name, wanted in directions.items():
                 own = None if kernel == "slopes" else vector

@@ -249,7 +249,8 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
         for extra in EXTRAS if kind == "half" else (" guide",):
             problem = meta_problem(dtype, extra)._replace(key_bias=None)
             for config in distinct(TABLE, f"softplus {kind}{extra}", capability):
-                for name in positive if not extra else ("labels", "dense") if extra == " masked" else ("labels",):
+                names = ("labels",) if extra else ("labels", "dense") if config.tma else positive
+                for name in names:
                     launch = softplus_launch(config, problem, meta(), positive[name], vector, extents, sums, out, 0)
                     launch = launch._replace(constants={**launch.constants, **constants})
                     units = constants.get("PRECISION") != "ieee"

@@ -228,7 +228,7 @@ def two_logit_mix(z1: Tensor, z0: Tensor, weight: Tensor | None, settings: Any) 
 
 
 def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (torch.bfloat16, torch.float32):  # float16 takes the registers that bfloat16 takes
         for rows, vocabulary in ((1, 50257), (64, 128256)):
             logits = meta(rows, vocabulary, dtype=dtype)
             for kind, weight, keep in (("divergence", None, math.nan), ("given", meta(rows), 1.0)):
