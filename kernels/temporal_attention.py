@@ -273,6 +273,7 @@ def backward_kernel(
 
 
 QUERIES = 32  # frames whose logits are there at a time, where a program has one position
+LARGE = 4096  # numbers of a position from which it is half as many
 
 
 def tile_of(clips: Any, backward: bool) -> tuple[int, int, int]:
@@ -289,14 +290,12 @@ def tile_of(clips: Any, backward: bool) -> tuple[int, int, int]:
 
 def constants_of(clips: Any, views: list[View], backward: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     pos, bf, warps = tile_of(clips, backward)
-    tile = {
-        "POS": pos,
-        "BF": bf,
-        "BQ": bf if pos > 1 or bf < QUERIES else QUERIES // 2 if backward and bf > QUERIES else QUERIES,
-    }
+    large = bf * sum(chunks(clips.q.shape[4])) > LARGE
+    queries = QUERIES // 2 if large or (backward and bf > QUERIES) else QUERIES
+    tile = {"POS": pos, "BF": bf, "BQ": min(bf, queries) if pos == 1 else bf}
     options = {"num_warps": warps, "num_stages": 1}
-    if pos > 1 or clips.extra_k is not None:  # the assembler would go for 80 or 168 registers a thread, and spill
-        options["maxnreg"] = 128 if pos > 1 else 255
+    if pos > 1 or clips.extra_k is not None:  # the assembler would go for 80 or 168 registers, and spill
+        options["maxnreg"] = 168 if pos > 1 else 255
     return {**tile, **constants(clips, views)}, options
 
 
@@ -363,6 +362,7 @@ def compile_cases(capability: tuple[int, int]) -> Iterator[Case]:
         ("160", example(2, 16, 256, 8, 160, bf16)),
         ("72 extra", example(1, 15, 1590, 16, 72, fp16, extra=1, padded=True, group=2)),
         (f"{long} frames", example(8, long, 196, 12, 64, bf16, padded=True)),
+        ("25 frames", example(2, 25, 2304, 10, 64, bf16)),
         ("25 frames float32", example(2, 25, 2304, 10, 64, fp32)),
     )
     for name, clips in shapes:
