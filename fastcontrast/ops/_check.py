@@ -24,14 +24,19 @@ def one_of(op: str, name: str, value: Any, allowed: tuple[str, ...]) -> None:
 
 def matrix(op: str, name: str, x: Any, columns: int | None = None, like: str = "queries") -> None:
     """`x` is a floating-point matrix, of `columns` columns if given."""
+    tensor(op, name, x, 2, "a matrix [rows, width]")
+    if columns is not None and x.shape[1] != columns:
+        raise ValueError(f"{op}: {name} must be [N, {columns}] to match {like}, got {list(x.shape)}")
+
+
+def tensor(op: str, name: str, x: Any, ndim: int, like: str) -> None:
+    """`x` is a floating-point tensor of `ndim` dimensions, whose names are `like`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {_name(x.dtype)}")
-    if x.ndim != 2:
-        raise ValueError(f"{op}: {name} must be a matrix [rows, width], got {list(x.shape)}")
-    if columns is not None and x.shape[1] != columns:
-        raise ValueError(f"{op}: {name} must be [N, {columns}] to match {like}, got {list(x.shape)}")
+    if x.ndim != ndim:
+        raise ValueError(f"{op}: {name} must be {like}, got {list(x.shape)}")
 
 
 def same_kind(op: str, name: str, x: Tensor, like: Tensor, *, dtype: bool = True, like_name: str = "queries") -> None:

@@ -50,7 +50,7 @@ def checked(
     """Raises ValueError or TypeError that names `op`, the argument, the rule where it matters, and the shapes."""
     rule = named(op, rule)
     packed = cu_frames is not None
-    _tensor(op, "q", q, 4 if packed else 5, "[sumF, T, H, D]" if packed else "[B, F, T, H, D]")
+    check.tensor(op, "q", q, 4 if packed else 5, "[sumF, T, H, D]" if packed else "[B, F, T, H, D]")
     q_shape, k_shape, dtype, device = q.shape, getattr(k, "shape", None), q.dtype, q.device
     for name, x in (("k", k), ("v", v)):
         alike = isinstance(x, Tensor) and x.dtype == dtype and x.device == device and x.shape == k_shape
@@ -58,7 +58,7 @@ def checked(
             continue
         tokens = "T" if op == "temporal_attention" else "S"
         wanted = f"[{', '.join(map(str, q_shape[:-3]))}, {tokens}, Hk, {q_shape[-1]}]"
-        _tensor(op, name, x, len(q_shape), wanted)
+        check.tensor(op, name, x, len(q_shape), wanted)
         check.same_kind(op, name, x, q, like_name="q")
         like = "q" if name == "k" else "q and k"
         raise ValueError(f"{op}: {name} must be {wanted} to match {like}, got {list(x.shape)}")
@@ -97,16 +97,6 @@ def checked(
     count = _counts(op, rule, frames, lengths, valid, q if not packed else starts)
     extra_k, extra_v = (None, None) if extra is None else _extra(op, extra, q, k, starts)
     return Clips(q, k, v, extra_k, extra_v, count, valid, starts, float(scale))
-
-
-def _tensor(op: str, name: str, x: Any, ndim: int, like: str) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in check.FLOATING:
-        got = str(x.dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {got}")
-    if x.ndim != ndim:
-        raise ValueError(f"{op}: {name} must be {like}, got {list(x.shape)}")
 
 
 def _packed(op: str, cu_frames: Any, max_frames: Any, q: Tensor) -> tuple[Tensor, int]:

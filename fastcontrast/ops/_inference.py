@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import _check as check
 from ._dispatch import note, select
 
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # what the native kernels call them
@@ -29,17 +28,6 @@ def refuse_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
     from . import _cuda  # asks the driver: not before there is a tensor of its
 
     return _cuda.refuse(device, dtype)
-
-
-def batch(op: str, name: str, x: Tensor, ndim: int, like: str) -> None:
-    """`x` is a floating-point tensor of `ndim` dimensions, whose names are `like`."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor, got {type(x).__name__}")
-    if x.dtype not in check.FLOATING:
-        got = str(x.dtype).removeprefix("torch.")
-        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {got}")
-    if x.ndim != ndim:
-        raise ValueError(f"{op}: {name} must be {like}, got {list(x.shape)}")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _check as check
 from . import _inference as inference
 from ._dispatch import native, refuse_cpu, refuse_triton, register
 from ._precision import without_autocast
@@ -153,7 +154,7 @@ def contrastive_candidates(logits: Tensor, k: int, *, implementation: str | None
     Raises: ValueError, TypeError, NotImplementedError as `max_cosine` does.
     """
     op = "contrastive_select"
-    inference.batch(op, "logits", logits, 2, "[B, V]")
+    check.tensor(op, "logits", logits, 2, "[B, V]")
     if isinstance(k, bool) or not isinstance(k, (int, torch.SymInt)):
         raise TypeError(f"{op}: k must be an integer, got {type(k).__name__}")
     if not 1 <= k <= logits.shape[1]:

@@ -12,6 +12,7 @@ import importlib
 import torch
 from torch import Tensor
 
+from . import _check as check
 from . import _inference as inference
 from ._dispatch import native, refuse_cpu, refuse_triton, register
 from ._precision import without_autocast
@@ -128,8 +129,8 @@ def max_cosine(
 
 def check_context(op: str, candidates: Tensor, context: Tensor, valid: Tensor | None) -> Tensor | None:
     """Checks at the door; returns `valid` without gaps."""
-    inference.batch(op, "candidates", candidates, 3, "[B, K, D]")
-    inference.batch(op, "context", context, 3, "[B, T, D]")
+    check.tensor(op, "candidates", candidates, 3, "[B, K, D]")
+    check.tensor(op, "context", context, 3, "[B, T, D]")
     b, _, d = candidates.shape
     if context.shape[0] != b or context.shape[2] != d:
         raise ValueError(f"{op}: context must be [{b}, T, {d}] to match candidates, got {list(context.shape)}")

@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import _check as check
 from . import _inference as inference
 from ._dispatch import native, refuse_cpu, refuse_triton, register
 from ._precision import without_autocast
@@ -156,8 +157,8 @@ def two_logit_mix(
     (2022); Chuang et al., "DoLa" (2023).
     """
     op = "two_logit_mix"
-    inference.batch(op, "logits", logits, 2, "[R, V]")
-    inference.batch(op, "contrast", contrast, 2, "[R, V]")
+    check.tensor(op, "logits", logits, 2, "[R, V]")
+    check.tensor(op, "contrast", contrast, 2, "[R, V]")
     if contrast.shape != logits.shape:
         raise ValueError(
             f"{op}: contrast must be {list(logits.shape)} like logits, of the same vocabulary, "
