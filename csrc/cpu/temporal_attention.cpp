@@ -278,8 +278,8 @@ struct Stage {
     char* memory;
 
     View place(const FrameAttention& c, int64_t heads) {
-        View x{memory, 0, (ts * heads * c.d * c.size() / 64 | 1) * 64 / c.size() + 64 / c.size(), heads * c.d, c.d};
-        x.frame += x.frame * c.size() / 64 % 2 ? 0 : 64 / c.size();  // an odd number of lines apart
+        const int64_t lines = (ts * heads * c.d * c.size() + 63) / 64 | 1;  // odd: frames do not share their places
+        View x{memory, 0, lines * 64 / c.size(), heads * c.d, c.d};
         memory += own_frames(c, b) * x.frame * c.size();
         x.data -= ((c.starts ? c.starts[b] * x.frame : 0) + t * x.token) * c.size();
         return x;
