@@ -61,7 +61,7 @@ class Floor:
     """Bare work that no implementation can do without, in one or more `variants`; `times` it if only part is run."""
 
     variants: dict[str, Callable[[Any], Step]]
-    times: int = 1
+    times: float = 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Row:
     error: float | None = None  # largest relative error of an output against float64
     bars: list[dict] = field(default_factory=list)  # claim, value, met
 
-    def timed(self, seconds: list[float], times: int = 1) -> None:
+    def timed(self, seconds: list[float], times: float = 1) -> None:
         self.seconds, self.min_seconds = statistics.median(seconds) * times, min(seconds) * times
         self.reps = len(seconds)
 
@@ -212,7 +212,7 @@ def run(workload: Workload, module: str, quick: bool, reps: int | None) -> list[
         variants = [Row(op, workload.name, f"{group}, {variant}", "floor") for variant in floor.variants]
         for row in variants:
             row.timed(times[row.provider], floor.times)
-            row.note = f"{floor.times} × the seconds of 1/{floor.times} of it" if floor.times > 1 else ""
+            row.note = f"{floor.times:.3g} × the seconds of 1/{floor.times:.3g} of it" if floor.times != 1 else ""
         floors[group] = min(variants, key=lambda row: row.seconds)
         floor_rows += variants
     for name, row in rows.items():

@@ -9,7 +9,7 @@ import platform
 import torch
 
 from . import __version__, ops
-from .ops._dispatch import native_missing, runs_through
+from .ops._dispatch import native_missing, runs_through, serves
 from .ops._workspace import MIB, workspace_bytes
 
 OPTIONAL = {
@@ -94,8 +94,10 @@ def _choices(op: str, device: str) -> list[str]:
     through = runs_through(op)
     lines = []
     for verdicts, dtypes in groups.items():
-        chosen = next(name for name, reason in verdicts if reason is None)
+        runs = [name for name, reason in verdicts if reason is None]
+        chosen = next(name for name in runs if serves(op, name) is None)
         note = f" (that of {through})" if through and chosen != "reference" else ""
         lines.append(f"  {op:24s}{device:8s}{', '.join(dtypes):30s}{chosen}{note}")
+        lines += [f"      {name} for {serves(op, name)}" for name in runs[: runs.index(chosen)]]
         lines += [f"      not {name}: {reason}" for name, reason in verdicts if reason is not None]
     return lines

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .minilm import WIDTH as MINILM_WIDTH
 from .minilm import minilm_features
+from .ops._precision import fast_bf16
 
 
 class Conv(nn.Module):
@@ -199,11 +200,3 @@ def hash_words(texts: list[str], buckets: int = 1 << 17, limit: int = 256) -> Te
     for line, row in zip(codes, rows, strict=True):
         line[: len(row)] = torch.tensor(row, dtype=torch.int64)
     return codes
-
-
-def fast_bf16(device: torch.device) -> bool:
-    """Whether a device multiplies bfloat16 faster than float32: CPUs with avx512_bf16 or amx_bf16, recent GPUs."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    abilities = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastcontrast import ops
-from fastcontrast.ops import frame_attention, frame_rules
+from fastcontrast.ops import _attend, frame_attention, frame_rules
 from fastcontrast.testing import assert_as_good_as, relative_error
 
 HALF = (torch.bfloat16, torch.float16)
@@ -345,13 +345,55 @@ def test_registration_and_compilation(op):
         torch.testing.assert_close(a, b)
 
 
+VIEWS = {
+    "wide heads": (inputs(1, 2, 5, 1, 160), {}),
+    "strided": (tuple(x[..., :160] for x in inputs(1, 3, 5, 2, 480)), {}),
+    "fast bfloat16": (tuple(x.bfloat16() for x in inputs(1, 2, 256, 1, 40)), {}),
+}
+NO_VIEWS = {
+    "C++ is faster": (inputs(1, 2, 5, 1, 128), {}),
+    "C++ is faster, but": (tuple(x.bfloat16() for x in inputs(1, 2, 255, 1, 40)), {}),
+    "grouped heads": ((*inputs(1, 2, 5, 2, 160)[:1], *inputs(1, 2, 5, 1, 160)[1:]), {}),
+    "no log-sum-exp": (inputs(1, 2, 5, 1, 160), {"return_lse": True}),
+    "padded frames": (inputs(1, 2, 5, 1, 160), {"lengths": torch.tensor([1])}),
+}
+
+
+@pytest.mark.parametrize("rule", ["self", "first", "all"])
+@pytest.mark.parametrize("name", VIEWS)
+def test_plain_attention_on_a_view_where_it_is_faster(monkeypatch, name, rule):
+    tensors, options = VIEWS[name]
+    monkeypatch.setattr(_attend, "fast_bf16", lambda device: True)
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    exact = [x.detach().double().requires_grad_() for x in tensors]
+    with ops.trace() as ran:
+        out = frame_attention(*tensors, rule=rule, **options)
+    expected = frame_attention(*exact, rule=rule, implementation="reference", **options)
+    assert ran[0].implementation == "sdpa"
+    upstream = torch.randn_like(out)
+    tolerance = 2e-2 if out.dtype == torch.bfloat16 else 1e-6
+    assert relative_error(out, expected) < tolerance
+    gradients = torch.autograd.grad(out, tensors, upstream), torch.autograd.grad(expected, exact, upstream.double())
+    for ours, theirs in zip(*gradients, strict=True):
+        assert relative_error(ours, theirs) < tolerance
+
+
+@pytest.mark.parametrize("name", NO_VIEWS)
+def test_plain_attention_on_a_view_says_why_not(monkeypatch, name):
+    tensors, options = NO_VIEWS[name]
+    monkeypatch.setattr(_attend, "fast_bf16", lambda device: True)
+    with ops.trace() as ran:
+        frame_attention(*tensors, rule="all", **options)
+    assert ran[0].implementation == "cpu" and name in ran[0].refused["sdpa"]
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_what_ran_and_why(op):
     tensors = inputs(1, 2, 3, 1, 8)
     with ops.trace() as ran:
         OPS[op](*tensors, rule="all")
     assert ran[0].op == op and ran[0].implementation == "cpu" and {"triton", "sdpa"} == {*ran[0].refused}
-    with pytest.raises(NotImplementedError, match=f"{op}: implementation 'sdpa' cannot run: .* on a CPU C"):
+    with pytest.raises(NotImplementedError, match=f"{op}: implementation 'sdpa' cannot run: .*on a CPU C"):
         OPS[op](*tensors, rule="all", implementation="sdpa")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(OPS[op](*tensors, rule="all"), OPS[op](*tensors, rule="all"), rtol=0, atol=0)

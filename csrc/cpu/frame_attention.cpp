@@ -120,6 +120,27 @@ FC_VECTOR_CLONES void add_bias(float* scores, const float* bias, int64_t count) 
             for (int l = 0; l < W; ++l) scores[i * W + l] += bias[i];
 }
 
+// Sums of a group of owned, [D, W]: what they were is worth `factor` by now, 1 unless a maximum grew.
+template <int W>
+FC_VECTOR_CLONES void rescale(const float* __restrict factor, int64_t d, float* __restrict sums) {
+    bool same = true;
+    for (int l = 0; l < W; ++l) same &= factor[l] == 1.0f;
+    if (same) return;
+    for (int64_t j = 0; j < d; ++j)
+#pragma omp simd
+        for (int l = 0; l < W; ++l) sums[j * W + l] *= factor[l];
+}
+
+// Sums in lanes become rows [owned, ld], each times its factor.
+void to_rows(const float* sums, int64_t ld, int64_t owned, int64_t d, const float* factors, float* rows) {
+    in_groups(owned, [&](auto width, int64_t l, int64_t count) {
+        constexpr int W = decltype(width)::value;
+        for (int64_t i = 0; i < count; ++i)
+            for (int64_t j = 0; j < d; ++j)
+                rows[(l + i) * ld + j] = (factors ? factors[l + i] : 1.0f) * sums[l * ld + j * W + i];
+    });
+}
+
 void forward(const FrameAttention& c, const View& out, float* lse, int64_t b, int64_t f, int64_t h, int64_t first,
              Worker& w) {
     const int64_t owned = std::min(part_of(c.t), c.t - first), ld = w.ld;
@@ -132,22 +153,24 @@ void forward(const FrameAttention& c, const View& out, float* lse, int64_t b, in
     }
     own(c, c.q, b, f, first, h, owned, c.scale, ld, w.q, w.lanes);
     std::fill(w.high, w.high + kOwned, -INFINITY), std::fill(w.sum, w.sum + kOwned, 0.0f);
-    std::fill(w.sums, w.sums + owned * ld, 0.0f);
+    std::fill(w.sums, w.sums + kOwned * ld, 0.0f);
     Cursor cursor;
     while (const int64_t n = next_block(c, w, cursor))
-        in_groups(owned, [&](auto width, int64_t l, int64_t count) {
+        in_groups(owned, [&](auto width, int64_t l, int64_t) {
             constexpr int W = decltype(width)::value;
             score<W>(w.k, ld, n, w.lanes + l * ld, c.d, w.p);
             add_bias<W>(w.p, w.bias, n);
             soften<W>(w.p, n, w.high + l, w.sum + l, w.factor);
-            mix({w.p, 1, W}, w.v, ld, n, w.factor, w.sums + l * ld, ld, count, c.d);
+            rescale<W>(w.factor, c.d, w.sums + l * ld);
+            mix<From::out>({w.v, 1, ld}, w.p, W, n, w.sums + l * ld, W, c.d, W);
         });
     for (int64_t l = 0; l < owned; ++l) {
         const float sum = w.sum[l];
         if (lse) lse_rows[l] = sum == 0.0f ? -INFINITY : w.high[l] + std::log(sum);
         w.sum[l] = sum == 0.0f ? 0.0f : 1.0f / sum;
     }
-    write_rows(c.kind, c.at(out, b, f, first, h), out.token, owned, c.d, w.sums, ld, w.sum);
+    to_rows(w.sums, ld, owned, c.d, w.sum, w.q);
+    write_rows(c.kind, c.at(out, b, f, first, h), out.token, owned, c.d, w.q, ld);
 }
 
 // From the products q · k and dout · v: p = exp(score + bias − lse) and ds = scale · p · (⟨dout, v⟩ − delta).
@@ -206,7 +229,7 @@ void backward(const FrameAttention& c, const Saved& saved, const View& dq, int64
     deltas(w.dout, w.sums, ld, owned, c.d, saved.dlse ? saved.dlse + place : nullptr, delta);
     // A query without a key has lse −inf, and weights of 0.
     for (int64_t l = 0; l < owned; ++l) lse[l] = saved.lse[place + l] == -INFINITY ? INFINITY : saved.lse[place + l];
-    std::fill(w.sums, w.sums + owned * ld, 0.0f);
+    std::fill(w.sums, w.sums + kOwned * ld, 0.0f);
     Cursor cursor;
     while (const int64_t n = next_block(c, w, cursor)) {
         std::fill(w.dk, w.dk + n * ld, 0.0f), std::fill(w.dv, w.dv + n * ld, 0.0f);
@@ -215,13 +238,14 @@ void backward(const FrameAttention& c, const Saved& saved, const View& dq, int64
             score<W>(w.k, ld, n, w.lanes + l * ld, c.d, w.p);
             score<W>(w.v, ld, n, w.dout_lanes + l * ld, c.d, w.ds);
             gradients<W>(w.bias, lse + l, delta + l, c.scale, n, w.p, w.ds);
-            mix({w.ds, 1, W}, w.k, ld, n, nullptr, w.sums + l * ld, ld, count, c.d);
-            mix({w.ds, W, 1}, w.q + l * ld, ld, count, nullptr, w.dk, ld, n, c.d);
-            mix({w.p, W, 1}, w.dout + l * ld, ld, count, nullptr, w.dv, ld, n, c.d);
+            mix<From::out>({w.k, 1, ld}, w.ds, W, n, w.sums + l * ld, W, c.d, W);
+            mix<From::out>({w.ds, W, 1}, w.q + l * ld, ld, count, w.dk, ld, n, c.d);
+            mix<From::out>({w.p, W, 1}, w.dout + l * ld, ld, count, w.dv, ld, n, c.d);
         });
         add_places(w.dk, ld, w.places, n, c.d, dk), add_places(w.dv, ld, w.places, n, c.d, dv);
     }
-    write_rows(c.kind, c.at(dq, b, f, first, h), dq.token, owned, c.d, w.sums, ld);
+    to_rows(w.sums, ld, owned, c.d, nullptr, w.q);
+    write_rows(c.kind, c.at(dq, b, f, first, h), dq.token, owned, c.d, w.q, ld);
 }
 
 // Frames of a packed clip that end before the longest one's are another clip's.

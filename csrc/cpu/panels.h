@@ -82,16 +82,19 @@ struct Weights {
     int64_t row, step;
 };
 
-// out [R, L] = out · factor + Σ_i w(r, i) · x_i, for L columns.
-template <int R, int L>
+// What sums begin with.
+enum class From { zero, out, factors };
+
+// out [R, L] = begin + Σ_i w(r, i) · x_i, for L columns; the begin is 0, out, or out · factor.
+template <From from, int R, int L>
 FC_INLINE void add_block(Weights w, const float* __restrict x, int64_t stride, int64_t count, const float* factor,
                          float* __restrict out, int64_t out_stride) {
     float a[R][L];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
-        const float f = factor ? factor[r] : 1.0f;
+        const float f = from == From::factors ? factor[r] : 1.0f;
 #pragma omp simd
-        for (int l = 0; l < L; ++l) a[r][l] = out[r * out_stride + l] * f;
+        for (int l = 0; l < L; ++l) a[r][l] = from == From::zero ? 0.0f : out[r * out_stride + l] * f;
     }
     for (int64_t i = 0; i < count; ++i)
 #pragma GCC unroll 8
@@ -106,36 +109,32 @@ FC_INLINE void add_block(Weights w, const float* __restrict x, int64_t stride, i
         for (int l = 0; l < L; ++l) out[r * out_stride + l] = a[r][l];
 }
 
-template <int R>
+template <From from, int L>
 FC_INLINE void add_columns(Weights w, const float* x, int64_t stride, int64_t count, const float* factor, float* out,
-                           int64_t out_stride, int64_t d) {
-    int64_t j = 0;
-    for (; j + 2 * kWide <= d; j += 2 * kWide)
-        add_block<R, 2 * kWide>(w, x + j, stride, count, factor, out + j, out_stride);
-    if (j + kWide <= d) add_block<R, kWide>(w, x + j, stride, count, factor, out + j, out_stride), j += kWide;
-    if (j + kWide / 2 <= d)
-        add_block<R, kWide / 2>(w, x + j, stride, count, factor, out + j, out_stride), j += kWide / 2;
-    for (; j < d; ++j)
-        for (int r = 0; r < R; ++r) {
-            float a = out[r * out_stride + j] * (factor ? factor[r] : 1.0f);
-            for (int64_t i = 0; i < count; ++i) a += w.data[r * w.row + i * w.step] * x[i * stride + j];
-            out[r * out_stride + j] = a;
-        }
+                           int64_t out_stride, int64_t rows) {
+    const auto block = [&](auto height, int64_t r) FC_INLINE_LAMBDA {
+        add_block<from, decltype(height)::value, L>({w.data + r * w.row, w.row, w.step}, x, stride, count, factor + r,
+                                                    out + r * out_stride, out_stride);
+    };
+    int64_t r = 0;
+    for (; r + kRows <= rows; r += kRows) block(std::integral_constant<int, kRows>(), r);
+    for (; r + 4 <= rows; r += 4) block(std::integral_constant<int, 4>(), r);
+    for (; r < rows; ++r) block(std::integral_constant<int, 1>(), r);
 }
 
-// out [rows, D] = out · factor + Σ_i w(r, i) · x_i, factor [rows] or null for 1.
+// out [rows, D] = begin + Σ_i w(r, i) · x_i. Columns outside: the few columns of x that are read for all rows stay in
+// the nearest cache, wherever x lies.
+template <From from>
 FC_INLINE void add_rows(Weights w, const float* x, int64_t stride, int64_t count, const float* factor, float* out,
                         int64_t out_stride, int64_t rows, int64_t d) {
-    int64_t r = 0;
-    for (; r + kRows <= rows; r += kRows)
-        add_columns<kRows>({w.data + r * w.row, w.row, w.step}, x, stride, count, factor ? factor + r : nullptr,
-                           out + r * out_stride, out_stride, d);
-    for (; r + 4 <= rows; r += 4)
-        add_columns<4>({w.data + r * w.row, w.row, w.step}, x, stride, count, factor ? factor + r : nullptr,
-                       out + r * out_stride, out_stride, d);
-    for (; r < rows; ++r)
-        add_columns<1>({w.data + r * w.row, w.row, w.step}, x, stride, count, factor ? factor + r : nullptr,
-                       out + r * out_stride, out_stride, d);
+    int64_t j = 0;
+    for (; j + 2 * kWide <= d; j += 2 * kWide)
+        add_columns<from, 2 * kWide>(w, x + j, stride, count, factor, out + j, out_stride, rows);
+    if (j + kWide <= d)
+        add_columns<from, kWide>(w, x + j, stride, count, factor, out + j, out_stride, rows), j += kWide;
+    if (j + kWide / 2 <= d)
+        add_columns<from, kWide / 2>(w, x + j, stride, count, factor, out + j, out_stride, rows), j += kWide / 2;
+    for (; j < d; ++j) add_columns<from, 1>(w, x + j, stride, count, factor, out + j, out_stride, rows);
 }
 
 // Calls fn with the number of lanes, a constant, that holds n queries: 8, 16 or 32.
@@ -163,35 +162,56 @@ FC_VECTOR_CLONES void soften(float* scores, int64_t count, float* high, float* s
     exponentials<W>(scores, count, high, sum, factor);
 }
 
-[[maybe_unused]] FC_VECTOR_CLONES void mix(Weights w, const float* x, int64_t stride, int64_t count,
-                                           const float* factor, float* out, int64_t out_stride, int64_t rows,
-                                           int64_t d) {
-    add_rows(w, x, stride, count, factor, out, out_stride, rows, d);
+template <From from>
+FC_VECTOR_CLONES void mix(Weights w, const float* x, int64_t stride, int64_t count, float* out, int64_t out_stride,
+                          int64_t rows, int64_t d, const float* factor = nullptr) {
+    add_rows<from>(w, x, stride, count, factor, out, out_stride, rows, d);
 }
 
-// lanes [D, W] = factor · rows [count, ld] the other way round; lanes that are left are 0. Four rows at a time: so the
-// compiler shuffles vectors, four times as fast as number by number.
+// Eight numbers, for shuffles that compilers do not find by themselves.
+using Eight = float __attribute__((vector_size(32)));
+#if defined(__clang__)
+#define FC_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+using EightPlaces = int __attribute__((vector_size(32)));
+#define FC_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, EightPlaces{__VA_ARGS__})
+#endif
+
+// lanes [D, W] = factor · rows [count, ld] the other way round; lanes that are left repeat the last row.
 template <int W>
 FC_VECTOR_CLONES void to_lanes(const float* __restrict rows, int64_t ld, int64_t count, int64_t d, float factor,
                                float* __restrict lanes) {
-    if (count < W) std::fill(lanes, lanes + d * W, 0.0f);
-    int64_t l = 0;
-    for (; l + 4 <= count; l += 4) {
-        const float* row = rows + l * ld;
+    for (int64_t l = 0; l < W; l += 8) {
+        const float* row[8];
+        for (int r = 0; r < 8; ++r) row[r] = rows + std::min(l + r, count - 1) * ld;
         int64_t j = 0;
-        for (; j + kWide <= d; j += kWide) {
-            float fours[4 * kWide];
-#pragma omp simd
-            for (int i = 0; i < kWide; ++i)
-                for (int r = 0; r < 4; ++r) fours[4 * i + r] = factor * row[r * ld + j + i];
-#pragma GCC unroll 16
-            for (int i = 0; i < kWide; ++i) std::memcpy(lanes + (j + i) * W + l, fours + 4 * i, 4 * sizeof(float));
+        for (; j + 8 <= d; j += 8) {
+            Eight x[8], y[8];
+#pragma GCC unroll 4
+            for (int r = 0; r < 4; ++r) {
+                Eight a, b;
+                std::memcpy(&a, row[r] + j, sizeof a), std::memcpy(&b, row[r + 4] + j, sizeof b);
+                a *= factor, b *= factor;
+                x[r] = FC_SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11);
+                x[r + 4] = FC_SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+            }
+#pragma GCC unroll 2
+            for (int h = 0; h < 8; h += 4) {
+                const Eight a = FC_SHUFFLE(x[h], x[h + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+                const Eight b = FC_SHUFFLE(x[h + 2], x[h + 3], 0, 8, 1, 9, 4, 12, 5, 13);
+                const Eight e = FC_SHUFFLE(x[h], x[h + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+                const Eight f = FC_SHUFFLE(x[h + 2], x[h + 3], 2, 10, 3, 11, 6, 14, 7, 15);
+                y[h] = FC_SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13);
+                y[h + 1] = FC_SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15);
+                y[h + 2] = FC_SHUFFLE(e, f, 0, 1, 8, 9, 4, 5, 12, 13);
+                y[h + 3] = FC_SHUFFLE(e, f, 2, 3, 10, 11, 6, 7, 14, 15);
+            }
+#pragma GCC unroll 8
+            for (int i = 0; i < 8; ++i) std::memcpy(lanes + (j + i) * W + l, &y[i], sizeof(Eight));
         }
         for (; j < d; ++j)
-            for (int r = 0; r < 4; ++r) lanes[j * W + l + r] = factor * row[r * ld + j];
+            for (int r = 0; r < 8; ++r) lanes[j * W + l + r] = factor * row[r][j];
     }
-    for (; l < count; ++l)
-        for (int64_t j = 0; j < d; ++j) lanes[j * W + l] = factor * rows[l * ld + j];
 }
 
 }  // namespace

@@ -70,7 +70,8 @@ FC_INLINE void attend(const Siblings& s, const Share& c, int64_t b, int64_t g, i
         score_keys<W>(keys + t * s.k_row, s.k_row, values + t * s.v_row, s.v_row, count, c.query, s.d, s.dv, c.scores);
         add_mask(s, s.mask + b * s.mask_batch + t, count, c);
         exponentials<W>(c.scores, count, c.high, c.sum, factor);
-        add_rows({c.scores, 1, W}, values + t * s.v_row, s.v_row, count, factor, c.out, c.columns, rows, s.dv);
+        add_rows<From::factors>({c.scores, 1, W}, values + t * s.v_row, s.v_row, count, factor, c.out, c.columns, rows,
+                                s.dv);
     }
 }
 

@@ -1,6 +1,7 @@
 #include "cpu/temporal_attention.h"
 
 #include <algorithm>
+#include <memory>
 
 #include "common/threads.h"
 #include "cpu/panels.h"
@@ -95,32 +96,49 @@ struct Rows {
     int64_t ld;
 };
 
-// The rows of one head in all valid frames, at one position: copied to `to`, unless they are wanted `once` and lie at
-// equal distances.
-Rows bring(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t head, float* to,
-           bool once = false) {
-    const std::vector<int32_t>& frames = w.table.frames;
-    const int64_t n = frames.size();
-    if (n && frames[n - 1] - frames[0] == n - 1) {  // without a hole
-        const char* rows = c.at(x, at.b, frames[0], at.t, head);
-        if (once && c.kind == Kind::f32) return {reinterpret_cast<const float*>(rows), x.frame};
-        read_rows(c.kind, rows, x.frame, n, c.d, to, w.ld);
-    } else {
-        for (int64_t i = 0; i < n; ++i)
-            read_rows(c.kind, c.at(x, at.b, frames[i], at.t, head), 0, 1, c.d, to + i * w.ld, w.ld);
-    }
-    return {to, w.ld};
+// Where rows are written: in their tensor, or in a place of the worker's, from where `put` takes them there.
+struct Place {
+    float* data;
+    int64_t ld;
+    bool there;
+};
+
+// Frames l … l + count − 1 of the valid ones lie at equal distances.
+bool is_regular(const Worker& w, int64_t l, int64_t count) {
+    return count && w.table.frames[l + count - 1] - w.table.frames[l] == count - 1;
 }
 
-// Frames l … l + count − 1 of the valid ones = rows of x, each times its factor if there are any.
+// The rows of one head in all valid frames, at one position. They stay where they are if they may, and lie at equal
+// distances in float32; else they are copied to `own`.
+Rows bring(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t head, float* own,
+           bool may_stay = true) {
+    const std::vector<int32_t>& frames = w.table.frames;
+    const int64_t n = frames.size();
+    if (is_regular(w, 0, n)) {
+        const char* rows = c.at(x, at.b, frames[0], at.t, head);
+        if (may_stay && c.kind == Kind::f32) return {reinterpret_cast<const float*>(rows), x.frame};
+        read_rows(c.kind, rows, x.frame, n, c.d, own, w.ld);
+    } else {
+        for (int64_t i = 0; i < n; ++i)
+            read_rows(c.kind, c.at(x, at.b, frames[i], at.t, head), 0, 1, c.d, own + i * w.ld, w.ld);
+    }
+    return {own, w.ld};
+}
+
+Place place(const FrameAttention& c, const View& to, const Worker& w, const Problem& at, int64_t head, int64_t l,
+            int64_t count, float* own, bool may_stay = true) {
+    if (!may_stay || c.kind != Kind::f32 || !is_regular(w, l, count)) return {own, w.ld, false};
+    return {reinterpret_cast<float*>(c.at(to, at.b, w.table.frames[l], at.t, head)), to.frame, true};
+}
+
 void put(const FrameAttention& c, const View& to, const Worker& w, const Problem& at, int64_t head, int64_t l,
-         int64_t count, const float* x, const float* factors = nullptr) {
+         int64_t count, const Place& from) {
+    if (from.there) return;
     const int32_t* frames = w.table.frames.data() + l;
-    if (frames[count - 1] - frames[0] == count - 1)
-        return write_rows(c.kind, c.at(to, at.b, frames[0], at.t, head), to.frame, count, c.d, x, w.ld, factors);
+    if (is_regular(w, l, count))
+        return write_rows(c.kind, c.at(to, at.b, frames[0], at.t, head), to.frame, count, c.d, from.data, from.ld);
     for (int64_t i = 0; i < count; ++i)
-        write_rows(c.kind, c.at(to, at.b, frames[i], at.t, head), 0, 1, c.d, x + i * w.ld, 0,
-                   factors ? factors + i : nullptr);
+        write_rows(c.kind, c.at(to, at.b, frames[i], at.t, head), 0, 1, c.d, from.data + i * from.ld, 0);
 }
 
 void bring_extra(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, float* to) {
@@ -130,11 +148,19 @@ void bring_extra(const FrameAttention& c, const View& x, const Worker& w, const 
                   to + i * w.ld, w.ld);
 }
 
-// Values go to w.v, and keys to w.k where they are read more than once.
-Rows bring_keys(const FrameAttention& c, const Tensors& x, const Worker& w, const Problem& at, bool once) {
+struct Keys {
+    Rows k, v;
+};
+
+// One block of lanes and one head read them, and no others stand behind them.
+bool is_alone(const FrameAttention& c, const Worker& w) {
+    return !c.e && c.heads() == 1 && static_cast<int64_t>(w.table.frames.size()) <= kMostLanes;
+}
+
+Keys bring_keys(const FrameAttention& c, const Tensors& x, const Worker& w, const Problem& at) {
     const int64_t n = w.table.frames.size();
-    const Rows keys = bring(c, x.k, w, at, at.g, w.k, once && !c.e && c.heads() == 1 && n <= kMostLanes);
-    bring(c, x.v, w, at, at.g, w.v);
+    const bool alone = is_alone(c, w);
+    const Keys keys{bring(c, x.k, w, at, at.g, w.k, alone), bring(c, x.v, w, at, at.g, w.v, alone)};
     if (c.e) bring_extra(c, c.extra_k, w, at, w.k + n * w.ld), bring_extra(c, c.extra_v, w, at, w.v + n * w.ld);
     return keys;
 }
@@ -146,7 +172,18 @@ void clear_padding(const FrameAttention& c, const View& x, const Worker& w, cons
         if (!c.is_valid(at.b, f)) zero_rows(c.size(), c.at(x, at.b, f, at.t, head), 0, 1, c.d);
 }
 
-// p [rows, W] = exp(score − high) of queries l … in lanes, and their high and sum.
+// p [rows, W] *= 1 / sum, or 0 where the sum is.
+template <int W>
+FC_VECTOR_CLONES void normalise(const float* __restrict sum, int64_t rows, float* __restrict p) {
+    float inverse[W];
+#pragma omp simd
+    for (int j = 0; j < W; ++j) inverse[j] = sum[j] == 0.0f ? 0.0f : 1.0f / sum[j];
+    for (int64_t i = 0; i < rows; ++i)
+#pragma omp simd
+        for (int j = 0; j < W; ++j) p[i * W + j] *= inverse[j];
+}
+
+// w.p [rows, W] = weights of the keys for queries l … in lanes; w.high and w.sum are those of their scores.
 template <int W>
 FC_INLINE void softmax(const FrameAttention& c, const Worker& w, Rows keys, int64_t l, int64_t rows) {
     score<W>(keys.data, keys.ld, rows, w.lanes, c.d, w.p);
@@ -158,71 +195,66 @@ FC_INLINE void softmax(const FrameAttention& c, const Worker& w, Rows keys, int6
     }
     std::fill(w.high, w.high + W, -INFINITY), std::fill(w.sum, w.sum + W, 0.0f);
     soften<W>(w.p, rows, w.high, w.sum, w.factor);
+    normalise<W>(w.sum, rows, w.p);
 }
 
 template <int W>
-void forward(const FrameAttention& c, const Tensors& x, float* lse, const Worker& w, Rows keys, const Problem& at,
-             int64_t h) {
-    const Rows q = bring(c, x.q, w, at, h, w.q, true);
+void forward(const FrameAttention& c, const Tensors& x, float* lse, const Worker& w, const Keys& keys,
+             const Problem& at, int64_t h) {
+    const Rows q = bring(c, x.q, w, at, h, w.q);
     const std::vector<int32_t>& frames = w.table.frames;
     const int64_t n = frames.size(), rows = n + extra_rows(c, n);
     for (int64_t l = 0; l < n; l += W) {
         const int64_t count = std::min<int64_t>(W, n - l);
         to_lanes<W>(q.data + l * q.ld, q.ld, count, c.d, c.scale, w.lanes);
-        softmax<W>(c, w, keys, l, rows);
-        std::fill(w.sums, w.sums + count * w.ld, 0.0f);
-        mix({w.p, 1, W}, w.v, w.ld, rows, nullptr, w.sums, w.ld, count, c.d);
-        for (int64_t i = 0; i < count; ++i) {
-            const float sum = w.sum[i];
-            if (lse)
-                lse[(c.row(at.b, frames[l + i]) * c.h + h) * c.t + at.t] =
-                    sum == 0.0f ? -INFINITY : w.high[i] + std::log(sum);
-            w.factor[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
-        }
-        put(c, x.out, w, at, h, l, count, w.sums, w.factor);
+        softmax<W>(c, w, keys.k, l, rows);
+        for (int64_t i = 0; lse && i < count; ++i)
+            lse[(c.row(at.b, frames[l + i]) * c.h + h) * c.t + at.t] =
+                w.sum[i] == 0.0f ? -INFINITY : w.high[i] + std::log(w.sum[i]);
+        const Place out = place(c, x.out, w, at, h, l, count, w.sums);
+        mix<From::zero>({w.p, 1, W}, keys.v.data, keys.v.ld, rows, out.data, out.ld, count, c.d);
+        put(c, x.out, w, at, h, l, count, out);
     }
 }
 
-// From p and ds [rows, W] as the products left them: p = P, ds = scale · P · (⟨dout, v⟩ − δ), δ = Σ P · ⟨dout, v⟩ −
-// dlse.
+// ds [rows, W] = scale · P · (⟨dout, v⟩ − δ) from ⟨dout, v⟩, where δ = Σ P · ⟨dout, v⟩ − dlse.
 template <int W>
-FC_VECTOR_CLONES void gradients(const float* __restrict sum, const float* __restrict dlse, float scale, int64_t rows,
-                                float* __restrict p, float* __restrict ds) {
-    float inverse[W], delta[W];
+FC_VECTOR_CLONES void gradients(const float* __restrict p, const float* __restrict dlse, float scale, int64_t rows,
+                                float* __restrict ds) {
+    float delta[W];
 #pragma omp simd
-    for (int j = 0; j < W; ++j) inverse[j] = sum[j] == 0.0f ? 0.0f : 1.0f / sum[j], delta[j] = -dlse[j];
+    for (int j = 0; j < W; ++j) delta[j] = -dlse[j];
     for (int64_t i = 0; i < rows; ++i)
 #pragma omp simd
-        for (int j = 0; j < W; ++j) {
-            p[i * W + j] *= inverse[j];
-            delta[j] += p[i * W + j] * ds[i * W + j];
-        }
+        for (int j = 0; j < W; ++j) delta[j] += p[i * W + j] * ds[i * W + j];
     for (int64_t i = 0; i < rows; ++i)
 #pragma omp simd
         for (int j = 0; j < W; ++j) ds[i * W + j] = scale * p[i * W + j] * (ds[i * W + j] - delta[j]);
 }
 
-// One head; to w.dk and w.dv its share of the group's gradients is added.
-template <int W>
-void backward(const FrameAttention& c, const Tensors& x, const float* dlse, const Worker& w, const Problem& at,
-              int64_t h) {
+// One head; dk and dv are its share of the group's gradients.
+template <From from, int W>
+void backward(const FrameAttention& c, const Tensors& x, const float* dlse, const Worker& w, const Keys& keys,
+              const Place& dk, const Place& dv, const Problem& at, int64_t h) {
+    const Rows q = bring(c, x.q, w, at, h, w.q), dout = bring(c, x.dout, w, at, h, w.dout);
     const std::vector<int32_t>& frames = w.table.frames;
-    const int64_t n = frames.size(), rows = n + extra_rows(c, n), ld = w.ld;
+    const int64_t n = frames.size(), rows = n + extra_rows(c, n);
     for (int64_t l = 0; l < n; l += W) {
         const int64_t count = std::min<int64_t>(W, n - l);
-        to_lanes<W>(w.q + l * ld, ld, count, c.d, c.scale, w.lanes);
-        to_lanes<W>(w.dout + l * ld, ld, count, c.d, 1.0f, w.dout_lanes);
-        softmax<W>(c, w, {w.k, ld}, l, rows);
-        score<W>(w.v, ld, rows, w.dout_lanes, c.d, w.ds);
+        const float *q_rows = q.data + l * q.ld, *dout_rows = dout.data + l * dout.ld;
+        to_lanes<W>(q_rows, q.ld, count, c.d, c.scale, w.lanes);
+        to_lanes<W>(dout_rows, dout.ld, count, c.d, 1.0f, w.dout_lanes);
+        softmax<W>(c, w, keys.k, l, rows);
+        score<W>(keys.v.data, keys.v.ld, rows, w.dout_lanes, c.d, w.ds);
         std::fill(w.factor, w.factor + W, 0.0f);
         for (int64_t i = 0; dlse && i < count; ++i)
             w.factor[i] = dlse[(c.row(at.b, frames[l + i]) * c.h + h) * c.t + at.t];
-        gradients<W>(w.sum, w.factor, c.scale, rows, w.p, w.ds);
-        std::fill(w.sums, w.sums + count * ld, 0.0f);
-        mix({w.ds, 1, W}, w.k, ld, rows, nullptr, w.sums, ld, count, c.d);
-        mix({w.ds, W, 1}, w.q + l * ld, ld, count, nullptr, w.dk, ld, rows, c.d);
-        mix({w.p, W, 1}, w.dout + l * ld, ld, count, nullptr, w.dv, ld, rows, c.d);
-        put(c, x.dq, w, at, h, l, count, w.sums);
+        gradients<W>(w.p, w.factor, c.scale, rows, w.ds);
+        const Place dq = place(c, x.dq, w, at, h, l, count, w.sums);
+        mix<From::zero>({w.ds, 1, W}, keys.k.data, keys.k.ld, rows, dq.data, dq.ld, count, c.d);
+        put(c, x.dq, w, at, h, l, count, dq);
+        mix<from>({w.ds, W, 1}, q_rows, q.ld, count, dk.data, dk.ld, rows, c.d);
+        mix<from>({w.p, W, 1}, dout_rows, dout.ld, count, dv.data, dv.ld, rows, c.d);
     }
 }
 
@@ -255,13 +287,12 @@ void write_extra(const FrameAttention& c, const FrameGradients& to, const std::v
 
 // ------------------------------------------------------------------------------------------------------------ schedule
 
-// Frames at a multiple of this many bytes share the few places that caches and page tables have for them: each row then
-// costs a walk through the page tables. There a block of positions, all heads, is copied to a stage as it lies.
-constexpr int64_t kPeriod = 128 << 10, kStage = 384 << 10, kFewFrames = 4;
+// Each row of a problem lies in a place of its own, far from the others. Where these are more than kPlaces, a touch of
+// one costs more than what is done with it, unless rows are longer than kLong bytes. Then a block of positions, all
+// heads, is copied to a stage first, in long pieces and each piece once.
+constexpr int64_t kStage = 384 << 10, kPlaces = 48, kLong = 384;
 
-bool is_periodic(const FrameAttention& c, const View& x) {
-    return c.f > kFewFrames && x.head < x.token && x.frame && x.frame * c.size() % kPeriod == 0;
-}
+bool is_scattered(const View& x) { return x.head < x.token && x.token < x.frame; }
 
 // Fetches the rows of a problem, of `heads` heads in each group, while another is computed.
 void fetch(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t heads) {
@@ -287,21 +318,18 @@ struct Stage {
 
     // Copies as long pieces as the layout has.
     void copy(const FrameAttention& c, const View& from, const View& to, int64_t heads) const {
-        const int64_t line = heads * c.d * c.size();
-        for (int64_t f = 0; f < own_frames(c, b); ++f) {
-            if (from.head == c.d && to.head == c.d && from.token == to.token && from.token == heads * c.d) {
-                std::memcpy(c.at(to, b, f, t, 0), c.at(from, b, f, t, 0), ts * line);
-                continue;
-            }
-            for (int64_t i = t; i < t + ts; ++i) {
-                if (from.head == c.d && to.head == c.d) {
-                    std::memcpy(c.at(to, b, f, i, 0), c.at(from, b, f, i, 0), line);
-                    continue;
+        const bool rows = from.head == c.d && to.head == c.d;
+        const bool all = rows && from.token == to.token && from.token == heads * c.d;
+        const int64_t tokens = all ? ts : 1, of_heads = rows ? heads : 1, bytes = tokens * of_heads * c.d * c.size();
+        for (int64_t f = 0; f < own_frames(c, b); ++f)
+            for (int64_t i = t; i < t + ts; i += tokens)
+                for (int64_t h = 0; h < heads; h += of_heads) {
+                    const int64_t after = std::min(f + 1, own_frames(c, b) - 1);
+                    const char *next = c.at(from, b, after, i, h), *place = c.at(to, b, after, i, h);
+                    for (int64_t j = 0; j < bytes; j += 64)
+                        __builtin_prefetch(next + j, 0, 2), __builtin_prefetch(place + j, 1, 2);
+                    std::memcpy(c.at(to, b, f, i, h), c.at(from, b, f, i, h), bytes);
                 }
-                for (int64_t h = 0; h < heads; ++h)
-                    std::memcpy(c.at(to, b, f, i, h), c.at(from, b, f, i, h), c.d * c.size());
-            }
-        }
     }
 };
 
@@ -311,9 +339,10 @@ template <typename Function>
 void solve(const FrameAttention& c, const Tensors& x, bool backward, int threads, Function fn,
            std::vector<std::vector<float>>* extra = nullptr) {
     const int64_t tensors = backward ? 7 : 4, bytes = tensors * c.f * c.h * c.d * c.size();
-    const bool staged = is_periodic(c, x.q) || is_periodic(c, x.k) || is_periodic(c, x.v);
-    const int64_t ts = staged ? std::clamp<int64_t>(kStage / std::max<int64_t>(bytes, 1), 1, c.t) : 1;
     const bool far = c.b * c.t * bytes > kStage;  // more than stays near a core
+    const bool crowded = tensors * c.f * kLong > kPlaces * std::max(kLong, c.d * c.size());
+    const bool staged = far && crowded && is_scattered(x.q) && is_scattered(x.k) && is_scattered(x.v);
+    const int64_t ts = staged ? std::clamp<int64_t>(kStage / std::max<int64_t>(bytes, 1), 1, c.t) : 1;
     const bool by_heads = !staged && x.k.head > x.k.token;
     const int64_t blocks = (c.t + ts - 1) / ts;
     const auto number = [&](int64_t i) {
@@ -323,7 +352,8 @@ void solve(const FrameAttention& c, const Tensors& x, bool backward, int threads
     in_shares(staged ? c.b * blocks : c.b * c.t * c.groups, threads, [&](int64_t begin, int64_t end, int thread) {
         if (begin == end) return;
         Worker w(c, backward);
-        std::vector<char> memory(staged ? tensors * c.f * (ts * c.h * c.d * c.size() + 256) + 64 : 0);
+        const std::unique_ptr<char[]> memory(
+            new char[staged ? tensors * c.f * (ts * c.h * c.d * c.size() + 256) + 64 : 0]);
         for (int64_t i = begin; i < end; ++i) {
             if (!staged) {
                 const Problem at = number(i);
@@ -337,7 +367,7 @@ void solve(const FrameAttention& c, const Tensors& x, bool backward, int threads
             }
             const int64_t b = i / blocks, t = i % blocks * ts;
             if (w.table.clip != b) tabulate(c, b, w.table);
-            char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+            char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.get()) + 63) / 64 * 64);
             Stage stage{b, t, std::min(ts, c.t - t), aligned};
             Tensors on{stage.place(c, c.h), stage.place(c, c.groups), stage.place(c, c.groups), {}, {}, {}, {}, {}};
             stage.copy(c, x.q, on.q, c.h), stage.copy(c, x.k, on.k, c.groups), stage.copy(c, x.v, on.v, c.groups);
@@ -365,7 +395,7 @@ void temporal_attention(const FrameAttention& c, const View& out, float* lse, in
     const Tensors all{c.q, c.k, c.v, {}, out, {}, {}, {}};
     solve(c, all, false, team(threads, c.b * c.t * c.h * c.f * c.d),
           [&](Worker& w, const Tensors& x, const Problem& at) {
-              const Rows keys = bring_keys(c, x, w, at, true);
+              const Keys keys = bring_keys(c, x, w, at);
               for (int64_t h = at.g * c.heads(); h < (at.g + 1) * c.heads(); ++h) {
                   with_lanes(w.table.frames.size(),
                              [&](auto lanes) { forward<decltype(lanes)::value>(c, x, lse, w, keys, at, h); });
@@ -386,14 +416,21 @@ void temporal_attention_backward(const FrameAttention& c, const View&, const Vie
         c, all, true, count,
         [&](Worker& w, const Tensors& x, const Problem& at) {
             const int64_t n = w.table.frames.size(), rows = n + extra_rows(c, n);
-            bring_keys(c, x, w, at, false);
-            std::fill(w.dk, w.dk + rows * w.ld, 0.0f), std::fill(w.dv, w.dv + rows * w.ld, 0.0f);
+            const Keys keys = bring_keys(c, x, w, at);
+            // Sums of several heads or blocks of lanes, and rows of extra keys, come together in the worker's memory.
+            const bool alone = is_alone(c, w);
+            const Place dk = place(c, x.dk, w, at, at.g, 0, n, w.dk, alone);
+            const Place dv = place(c, x.dv, w, at, at.g, 0, n, w.dv, alone);
+            if (!alone) std::fill(w.dk, w.dk + rows * w.ld, 0.0f), std::fill(w.dv, w.dv + rows * w.ld, 0.0f);
             for (int64_t h = at.g * c.heads(); h < (at.g + 1) * c.heads(); ++h) {
-                bring(c, x.q, w, at, h, w.q), bring(c, x.dout, w, at, h, w.dout);
-                with_lanes(n, [&](auto lanes) { backward<decltype(lanes)::value>(c, x, dlse, w, at, h); });
+                with_lanes(n, [&](auto lanes) {
+                    constexpr int W = decltype(lanes)::value;
+                    alone ? backward<From::zero, W>(c, x, dlse, w, keys, dk, dv, at, h)
+                          : backward<From::out, W>(c, x, dlse, w, keys, dk, dv, at, h);
+                });
                 clear_padding(c, x.dq, w, at, h);
             }
-            if (n) put(c, x.dk, w, at, at.g, 0, n, w.dk), put(c, x.dv, w, at, at.g, 0, n, w.dv);
+            put(c, x.dk, w, at, at.g, 0, n, dk), put(c, x.dv, w, at, at.g, 0, n, dv);
             clear_padding(c, x.dk, w, at, at.g), clear_padding(c, x.dv, w, at, at.g);
             if (c.e) add_extra(c, w, at);
         },

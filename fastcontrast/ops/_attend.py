@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ._dispatch import native, note, select
 from ._frames import Clips
 from ._inference import CODES, last_contiguous, wide
-from ._precision import without_autocast
+from ._precision import fast_bf16, without_autocast
 from ._sweep import address
 from ._workspace import empty_like
 
@@ -104,6 +104,19 @@ def refuse_view(clips: Clips, temporal: bool, rule: str, return_lse: bool) -> st
     if not all(_joins(x, at) for x in joined):
         return f"{'clips and frames' if rule == 'self' else 'frames and tokens'} do not join into one dimension"
     return None
+
+
+def _refuse_on_cpu(clips: Clips) -> str | None:
+    """Where the C++ core beats torch's kernels for plain attention, by measurement."""
+    q = clips.q
+    if q.device.type != "cpu":
+        return None
+    if q.shape[3] != clips.k.shape[3]:
+        return "on a CPU it would copy keys for grouped heads, and store all scores"
+    long = q.dtype == torch.bfloat16 and clips.k.shape[2] >= 256 and fast_bf16(q.device)
+    if long or q.shape[4] > 128 or native is None:
+        return None
+    return "on a CPU C++ is faster, but for heads wider than 128 and long frames of fast bfloat16"
 
 
 def _joins(x: Tensor, at: int) -> bool:
@@ -309,7 +322,7 @@ def attend(
 
     def refuse(name: str) -> str | None:
         if name == "sdpa":
-            return refuse_view(clips, temporal, rule, return_lse)
+            return (None if temporal else _refuse_on_cpu(clips)) or refuse_view(clips, temporal, rule, return_lse)
         return refuse_tile(clips) if name == "triton" and temporal else None
 
     chosen = note(select(op, implementation, clips.q.device, clips.q.dtype, refuse))

@@ -28,6 +28,7 @@ Refusal = Callable[[torch.device, torch.dtype], "str | None"]
 
 _registry: dict[str, dict[str, Refusal]] = {}
 _through: dict[str, str] = {}
+_partial: dict[tuple[str, str], str] = {}
 _traces: list[list[Choice]] = []
 
 
@@ -39,9 +40,13 @@ class Choice(NamedTuple):
     refused: dict[str, str]
 
 
-def register(op: str, implementations: dict[str, Refusal]) -> None:
-    """Implementations of `op` in order of preference; `reference` is added behind them."""
+def register(op: str, implementations: dict[str, Refusal], partial: dict[str, str] | None = None) -> None:
+    """Implementations of `op` in order of preference; `reference` is added behind them.
+
+    `partial` says of those that serve some problems only, by `also` of `select`, which these are.
+    """
     _registry[op] = {**implementations, "reference": lambda device, dtype: None}
+    _partial.update({(op, name): problems for name, problems in (partial or {}).items()})
 
 
 def register_through(op: str, other: str) -> None:
@@ -56,6 +61,11 @@ def operations() -> list[str]:
 def runs_through(op: str) -> str | None:
     """The operation on whose implementations `op` runs, if it has none of its own."""
     return _through.get(op)
+
+
+def serves(op: str, implementation: str) -> str | None:
+    """Which problems an implementation serves, if not all that its device and dtype admit."""
+    return _partial.get((op, implementation))
 
 
 def explain(op: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str | None]:

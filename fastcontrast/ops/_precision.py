@@ -40,3 +40,11 @@ def without_autocast(function: F) -> F:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 faster than float32: CPUs with avx512_bf16 or amx_bf16, recent GPUs."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    abilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(abilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))

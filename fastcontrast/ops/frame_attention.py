@@ -20,12 +20,19 @@ from .frame_rules import Rule, named
 
 
 def refuse_view(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Torch's attention on a view: on a GPU the vendor's kernels for plain attention are the fastest there are."""
-    return None if device.type == "cuda" else "it serves rules self, first and all on a GPU; on a CPU C++ is faster"
+    """Torch's attention on a view: nothing is faster for plain attention on a GPU, and on a CPU for some."""
+    return "on a CPU float64 takes the reference" if device.type == "cpu" and dtype == torch.float64 else None
 
 
 OP = "frame_attention"
-register(OP, {"sdpa": refuse_view, "triton": refuse_triton, "cpu": refuse_cpu})
+register(
+    OP,
+    {"sdpa": refuse_view, "triton": refuse_triton, "cpu": refuse_cpu},
+    partial={
+        "sdpa": "rules self, first and all where they are views of plain attention; on a CPU only heads wider than 128,"
+        " and frames of 256 tokens where bfloat16 is multiplied fast"
+    },
+)
 define(OP)
 
 

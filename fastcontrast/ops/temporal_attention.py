@@ -25,7 +25,11 @@ def refuse_view(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 OP = "temporal_attention"
-register(OP, {"triton": refuse_triton, "sdpa": refuse_view, "cpu": refuse_cpu})
+register(
+    OP,
+    {"triton": refuse_triton, "sdpa": refuse_view, "cpu": refuse_cpu},
+    partial={"sdpa": "tiles too large for the Triton kernel, where positions and heads join into one dimension"},
+)
 define(OP)
 
 
