@@ -245,7 +245,7 @@ def block(shape: Tokens, backward: bool, bars: bool = True) -> Workload:
         {mine: block_provider(patched, backward), theirs: block_provider(lambda block: block, backward)},
         {},
         (Bar(theirs, mine, at_least=1.0),) if bars else (),
-        reps=7 if shape.tokens < 100 else 3,
+        reps=15 if shape.tokens < 100 else 7,
         tolerance=TOLERANCE,
     )
 

@@ -76,15 +76,19 @@ class XCLIPVisionEncoderLayer(x_clip.XCLIPVisionEncoderLayer):
         self.patched = not any(_asks_more(x, asked, options) for x in (self.self_attn, self.message_attn))
         if not self.patched:
             return super().forward(hidden_states, attention_mask, *masks, **options)
+        hidden_states = hidden_states + self._attend(hidden_states)
+        return _result(hidden_states + self.mlp(self.layer_norm2(hidden_states)))
+
+    def _attend(self, x: Tensor) -> Tensor:  # [B · F, L, C]
+        """Apart from the rest, which then finds the memory of q, k and v free again."""
         attention, frames = self.self_attn, self.num_frames
-        messages = self.message_fc(hidden_states[:, 0]).unflatten(0, (-1, frames))
+        messages = self.message_fc(x[:, 0]).unflatten(0, (-1, frames))
         messages = messages + self.drop_path(_across_frames(self.message_attn, self.message_ln(messages)))
         told = self.layer_norm1(messages)[:, :, None]
         extra = _split(attention, attention.k_proj(told), attention.v_proj(told))
-        q, k, v = (frames_first(x, frames) for x in _qkv(attention, self.layer_norm1(hidden_states)))
+        q, k, v = (frames_first(part, frames) for part in _qkv(attention, self.layer_norm1(x)))
         out = frame_attention(q, k, v, rule="self", extra=extra, scale=attention.scale)
-        hidden_states = hidden_states + attention.out_proj(frames_last(out))
-        return _result(hidden_states + self.mlp(self.layer_norm2(hidden_states)))
+        return attention.out_proj(frames_last(out))
 
 
 class XCLIPEncoderLayer(x_clip.XCLIPEncoderLayer):
