@@ -31,6 +31,7 @@ from ._video import TOLERANCE, Problem, copy_free, make_problem, provider, rearr
 
 COPY_FREE, REARRANGED = "torch, copy-free", "torch, rearranged"
 LARGE = 32 << 20  # elements of q from which a rival's step takes a second
+SMALL = 4 << 20  # and up to which it takes some milliseconds, of which the median of a few is noise
 PASS = "one pass over q, k, v and out"
 SHAPES = (
     "xclip_message", "clip4clip", "timesformer", "timesformer_long", "animatediff_l0", "animatediff_l1",
@@ -77,7 +78,7 @@ def workload(shape: Clips, backward: bool, bars: bool = True) -> Workload:
         providers,
         {PASS: Floor({"addcmul": pass_over})},
         tuple(claims) if bars else (),
-        reps=3 if shape.elements > LARGE else 7,
+        reps=3 if shape.elements > LARGE else 7 if shape.elements > SMALL else 25,
         tolerance=TOLERANCE,
     )
 
@@ -245,7 +246,7 @@ def block(shape: Tokens, backward: bool, bars: bool = True) -> Workload:
         {mine: block_provider(patched, backward), theirs: block_provider(lambda block: block, backward)},
         {},
         (Bar(theirs, mine, at_least=1.0),) if bars else (),
-        reps=15 if shape.tokens < 100 else 7,
+        reps=25 if shape.tokens < 100 else 7,
         tolerance=TOLERANCE,
     )
 
