@@ -113,8 +113,9 @@ template <From from, int L>
 FC_INLINE void add_columns(Weights w, const float* x, int64_t stride, int64_t count, const float* factor, float* out,
                            int64_t out_stride, int64_t rows) {
     const auto block = [&](auto height, int64_t r) FC_INLINE_LAMBDA {
-        add_block<from, decltype(height)::value, L>({w.data + r * w.row, w.row, w.step}, x, stride, count, factor + r,
-                                                    out + r * out_stride, out_stride);
+        add_block<from, decltype(height)::value, L>({w.data + r * w.row, w.row, w.step}, x, stride, count,
+                                                    from == From::factors ? factor + r : nullptr, out + r * out_stride,
+                                                    out_stride);
     };
     int64_t r = 0;
     for (; r + kRows <= rows; r += kRows) block(std::integral_constant<int, kRows>(), r);
