@@ -4,7 +4,7 @@ Float32, forward, and forward and backward with gradients to all inputs. Rivals 
 keys that are gathered and concatenated for each frame, as models ship it, and, where a rule has one, on views.
 
 The floor is the matrix products of distinct pairs of frames, at the speed of one large square product: two forward,
-five more backward (of which the scores once again). No softmax of these widths gets near it.
+five more backward (of which the scores once again). It has no softmax in it, and nothing narrow.
 
 Left out, so that the whole stays under six minutes on two cores: the largest levels forward and backward (`tune_l0`,
 `vggt_8`), `t2v_zero_l0` and `controlvideo_l1`, which are the same kernels for minutes a step.
