@@ -143,6 +143,16 @@ def test_buffers_in_use_are_never_shared_and_those_given_back_are_used_again():
     assert _workspace._pool._free == []
 
 
+def test_what_is_idle_stays_below_its_limit(monkeypatch):
+    set_workspace(None)
+    monkeypatch.setattr(_workspace._pool, "IDLE", 20 * MIB)
+    sizes = [MIB, 3 * MIB, 2 * MIB, MIB]  # floats
+    buffers = [_workspace.buffer(size) for size in sizes]
+    del buffers
+    assert [block.numel() for block in _workspace._pool._free] == [3 * MIB, 2 * MIB]
+    set_workspace(None)
+
+
 def test_a_buffer_may_come_back_while_another_is_taken():
     """Garbage collection starts at any allocation, also inside the pool's own lock."""
     set_workspace(None)

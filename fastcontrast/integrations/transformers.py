@@ -5,7 +5,7 @@ parameters, their names, the hooks on layers, copies, pickles and gradient check
 
 X-CLIP         The message of a frame is an extra key of `frame_attention`; what was concatenated, and a row for the
                message that nobody read, is not there. Messages, and the frames' features in the multi-frame
-               integration, attend each other by `temporal_attention`.
+               integration, attend each other by `temporal_attention`. Of QuickGELU only the input is kept.
 TimeSformer    Divided space-time: `temporal_attention` and `frame_attention` on views that skip the CLS token. It is an
                extra key, and asks in a small attention of its own; tokens are not copied to one row a position, then
                to one row a frame behind copies of the CLS token, and back. All kinds: no probabilities are stored.
@@ -29,9 +29,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import activations
 from transformers.models.timesformer import modeling_timesformer as timesformer
 from transformers.models.x_clip import modeling_x_clip as x_clip
 
+from fastcontrast.activations import quick_gelu
 from fastcontrast.attention import frames_first, frames_last, split_heads
 from fastcontrast.ops import frame_attention, temporal_attention
 
@@ -159,11 +161,18 @@ class TimesformerLayer(timesformer.TimesformerLayer):
 
 # ------------------------------------------------------------------------------------------------------------ patch
 
-OURS = {ours.__base__: ours for ours in (XCLIPVisionEncoderLayer, XCLIPEncoderLayer, TimesformerLayer)}
+
+class QuickGELUActivation(activations.QuickGELUActivation):
+    def forward(self, input: Tensor) -> Tensor:
+        return quick_gelu(input)
+
+
+OURS = {
+    ours.__base__: ours for ours in (XCLIPVisionEncoderLayer, XCLIPEncoderLayer, TimesformerLayer, QuickGELUActivation)
+}
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
-    """Those that can be patched, or are."""
     for module in model.modules():
         if isinstance(module, x_clip.XCLIPMultiframeIntegrationTransformer):
             yield from module.encoder.layers
@@ -171,33 +180,42 @@ def _layers(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
+def _parts(model: nn.Module) -> list[nn.Module]:
+    """Layers that can be patched, or are, and their activations."""
+    layers = [*_layers(model)]
+    return [
+        *layers,
+        *(x for layer in layers for x in layer.modules() if isinstance(x, activations.QuickGELUActivation)),
+    ]
+
+
 def patch_video(model: nn.Module) -> nn.Module:
-    """The model, its layers on `temporal_attention` and `frame_attention`: X-CLIP's and TimeSformer's.
+    """The model, its layers on `temporal_attention`, `frame_attention` and `quick_gelu`: X-CLIP's and TimeSformer's.
 
     Any model with such layers inside, on any device, of any dtype; a patched one stays as it is.
     Raises: ValueError where there is no layer to patch, or one has a `forward` that something else put on it.
     """
-    layers = list(_layers(model))
-    if not layers:
+    parts = _parts(model)
+    if not parts:
         raise ValueError(
             f"patch_video: expected a model with layers of X-CLIP's vision model or of TimeSformer, got "
             f"{type(model).__name__}; ViViT attends all tokens of a clip at once, in place, and has nothing to patch"
         )
-    theirs = [layer for layer in layers if type(layer) in OURS]
-    for layer in theirs:
-        if "forward" in vars(layer):  # it would run instead of the class's
-            raise ValueError(f"patch_video: {type(layer).__name__} has a forward that was put on it; patch before that")
-    for layer in theirs:
-        layer.__class__ = OURS[type(layer)]
+    theirs = [part for part in parts if type(part) in OURS]
+    for part in theirs:
+        if "forward" in vars(part):  # it would run instead of the class's
+            raise ValueError(f"patch_video: {type(part).__name__} has a forward that was put on it; patch before that")
+    for part in theirs:
+        part.__class__ = OURS[type(part)]
     return model
 
 
 def unpatch_video(model: nn.Module) -> nn.Module:
     """The model, its layers as they were before `patch_video`."""
-    for layer in _layers(model):
-        if type(layer) in OURS.values():
-            vars(layer).pop("patched", None)
-            layer.__class__ = type(layer).__base__
+    for part in _parts(model):
+        if type(part) in OURS.values():
+            vars(part).pop("patched", None)
+            part.__class__ = type(part).__base__
     return model
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 import threading
 import weakref
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from ._dispatch import native
 
 MIB = 1 << 20
-POOLED_RESULTS = range(4 * MIB, 256 * MIB + 1)  # bytes of results: more would hurt as idle memory
+POOLED_RESULTS = range(4 * MIB, 1024 * MIB + 1)  # bytes of results: more would hurt as idle memory
 POOLED_FROM = MIB  # smaller buffers come back from malloc without a page fault
 _default = {"cpu": 64 * MIB, "cuda": 512 * MIB}
 _chosen: int | None = None
@@ -21,8 +23,8 @@ def set_workspace(bytes: int | None) -> None:
     """Bytes that each operation may spend on temporary tiles and kept logits; None restores the default
     (64 MiB on a CPU, 512 MiB on a GPU). More of it means fewer products computed twice, never another result.
 
-    On a CPU the memory of the last workspace and of large gradients stays with the process for the next call; any call
-    of this function frees it.
+    On a CPU the memory of the last workspace and of large results stays with the process for the next call, up to an
+    eighth of the machine's; any call of this function frees it.
     """
     global _chosen
     if bytes is not None and bytes < 0:
@@ -43,10 +45,12 @@ class _Pool:
 
     The first write to fresh memory costs a page fault every 4 KiB, on a virtual machine more than the matrix product
     that a kept logit saves: 256 MiB of them took 0.1 to 0.5 s, where a product of N = 8,192, D = 512 takes 0.4 s.
-    A buffer comes back when the last tensor on it dies. At most `SPARE` stay, the largest ones.
+    A buffer comes back when the last tensor on it dies. At most `SPARE` stay, the largest ones that are no more than
+    an eighth of the machine's memory together.
     """
 
     SPARE = 4  # kept logits of two heads, or of one and a tile; a gradient; an attention's output and its gradients
+    IDLE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8
 
     def __init__(self) -> None:
         # Re-entrant: garbage collected while it is held may contain a tensor whose buffer then comes back.
@@ -71,7 +75,9 @@ class _Pool:
 
     def _give_back(self, block: Tensor) -> None:
         with self._lock:
-            self._free = sorted([*self._free, block], key=Tensor.numel)[-self.SPARE :]
+            largest = sorted([*self._free, block], key=Tensor.numel, reverse=True)[: self.SPARE]
+            idle = itertools.accumulate(block.nbytes for block in largest)
+            self._free = [block for block, bytes in zip(largest, idle, strict=True) if bytes <= self.IDLE]
 
     def clear(self) -> None:
         with self._lock:

@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from fastcontrast.activations import QuickGELU
 from fastcontrast.ops import frame_attention, temporal_attention
 
 from ._x_clip_weights import our_weights
@@ -74,11 +75,6 @@ SETTINGS = {
     "L/14": Settings(1024, 24, 16, 768, 12, image=224, patch=14),
     "L/14@336": Settings(1024, 24, 16, 768, 12, image=336, patch=14, frames=16),
 }
-
-
-class QuickGELU(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return x * torch.sigmoid(1.702 * x)
 
 
 class Attention(nn.Module):
