@@ -294,15 +294,6 @@ constexpr int64_t kStage = 384 << 10, kPlaces = 48, kLong = 384;
 
 bool is_scattered(const View& x) { return x.head < x.token && x.token < x.frame; }
 
-// Fetches the rows of a problem, of `heads` heads in each group, while another is computed.
-void fetch(const FrameAttention& c, const View& x, const Worker& w, const Problem& at, int64_t heads) {
-    for (const int32_t f : w.table.frames)
-        for (int64_t h = at.g * heads; h < (at.g + 1) * heads; ++h) {
-            const char* row = c.at(x, at.b, f, at.t, h);
-            for (int64_t j = 0; j < c.d * c.size(); j += 64) __builtin_prefetch(row + j, 0, 2);
-        }
-}
-
 // A view of a copy of positions [t, t + ts) of clip b, with the indices of the whole.
 struct Stage {
     int64_t b, t, ts;
@@ -358,10 +349,6 @@ void solve(const FrameAttention& c, const Tensors& x, bool backward, int threads
             if (!staged) {
                 const Problem at = number(i);
                 if (w.table.clip != at.b) tabulate(c, at.b, w.table);
-                if (const Problem next = number(i + 1); far && i + 1 < end && next.b == at.b) {
-                    fetch(c, x.q, w, next, c.heads()), fetch(c, x.k, w, next, 1), fetch(c, x.v, w, next, 1);
-                    if (backward) fetch(c, x.dout, w, next, c.heads());
-                }
                 fn(w, x, at);
                 continue;
             }
