@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from fastcontrast.ops.frame_rules import Rule, causal, count_matrix
-from fastcontrast.testing.shapes import VIDEO, Clips, video
+from fastcontrast.ops.frame_rules import count_matrix
+from fastcontrast.testing.shapes import Clips, video
 
 from . import _rivals as rivals
 from . import frame_attention, temporal_attention
 from ._harness import OURS, Bar, Provider, Step, Workload
-from ._video import Problem, concatenate, concatenated, make_problem, provider, tiny
+from ._video import RULES, Problem, concatenate, concatenated, make_problem, provider, tiny
 
 TOLERANCE = 2e-2  # of bfloat16: results are rounded to 8 bits
 STREAMED = 8 << 20  # elements of q from which a floor is the memory's: smaller ones lie in a cache, or are all launch
@@ -29,7 +29,7 @@ MOST_SECONDS = {"timesformer": 28e-6, "animatediff_l0": 120e-6}
 # How many times the seconds of the best of the flash paths on concatenated keys are at least ours.
 LEAST = {"tune_l0": 1.1, "tune_l1": 1.4, "tune_l2": 3.0, "tune_mid": 5.0}
 FLASH, XFORMERS, FLEX = "torch, concatenated, flash", "xformers, concatenated", "FlexAttention"
-FRAMES = (*LEAST, "t2v_zero_l0", "t2v_zero_l1", "t2v_zero_l2", "xclip_frame", "controlvideo_l1", "vggt_8", "dust3r")
+FRAMES = (*LEAST, *(shape.name for shape in frame_attention.SHAPES if shape.name not in LEAST))
 
 
 def on(device: str, workload: Workload, **changes) -> Workload:
@@ -94,8 +94,10 @@ def flex(problem: Problem) -> Step:
 
 
 def rivals_of(shape: Clips, backward: bool) -> dict[str, Provider]:
-    found = {FLASH: provider(flash, backward, memory=not backward), XFORMERS: xformers(backward)}
-    if not (backward or shape.extra) and masked(count_matrix(shape.rule, shape.f)):
+    found = {}
+    if shape.rule not in RULES:
+        found = {FLASH: provider(flash, backward, memory=not backward), XFORMERS: xformers(backward)}
+    if not (backward or shape.extra) and masked(count_matrix(RULES.get(shape.rule, shape.rule), shape.f)):
         found[FLEX] = Provider(flex, compiles=True)
     return found
 
@@ -109,28 +111,7 @@ def frame(device: str, shape: Clips, backward: bool) -> Workload:
         bars = [Bar(name, OURS, at_least=LEAST[shape.name]) for name in (frame_attention.CONCATENATED, FLASH, XFORMERS)]
     whole = frame_attention.workload(shape, backward, bars=False)
     providers = {**whole.providers, **rivals_of(shape, backward)}
-    return on(device, whole, providers=providers, floors={}, bars=tuple(bars))
-
-
-def chunks_of_frames(problem: Problem) -> tuple[Tensor]:
-    """Float64 for a rule that is no list of frames: a clip, a head and a frame at a time, on the frames it attends."""
-    q, k, v = (x.detach().transpose(2, 3) for x in (problem.q, problem.k, problem.v))  # [B, F, H, T, D]
-    out = torch.empty_like(q, dtype=torch.float64)
-    count = count_matrix(problem.options["rule"], q.shape[1])
-    for b, f, h in torch.cartesian_prod(*map(torch.arange, q.shape[:3])).tolist():
-        frames = torch.arange(q.shape[1]).repeat_interleave(count[f]).to(q.device)
-        keys, values = (x[b, frames, h].flatten(0, 1).double() for x in (k, v))
-        scores = q[b, f, h].double() @ keys.mT * q.shape[4] ** -0.5
-        out[b, f, h] = scores.softmax(-1) @ values
-    return (out.transpose(2, 3),)
-
-
-def ruled(device: str, shape: Clips, rule: Rule) -> Workload:
-    """Forward under a rule that published code has no list of frames for."""
-    shape = replace(shape, rule=rule)
-    providers = {OURS: provider(frame_attention.ours, False, memory=True), FLEX: Provider(flex, compiles=True)}
-    name = f"{shape.name}, forward"
-    return on(device, Workload(name, shape, tiny(shape), make_problem, chunks_of_frames, providers, floors={}))
+    return on(device, whole, providers=providers, floors={}, bars=tuple(bars), alone=False)
 
 
 # ----------------------------------------------------------------------------------------------------------- workloads
@@ -146,13 +127,7 @@ def workloads(op: str, quick: bool, device: str) -> list[Workload]:
         return [temporal(device, video(name), backward) for backward in (False, True) for name in names]
     if op == "frame_attention":
         if quick:
-            shapes = {shape.rule: tiny(shape) for shape in VIDEO if shape.rule in frame_attention.RIVALS}.values()
-            trained = frame(device, tiny(video("tune_mid")), True)
-            return [
-                *(frame(device, shape, False) for shape in shapes),
-                trained,
-                ruled(device, tiny(video("selfforcing")), causal(3)),
-            ]
-        forward, trained = ([frame(device, video(name), backward) for name in FRAMES] for backward in (False, True))
-        return [*forward, ruled(device, video("selfforcing"), causal(3)), *trained]
+            shapes = {shape.rule: tiny(shape) for shape in frame_attention.SHAPES}.values()
+            return [*(frame(device, shape, False) for shape in shapes), frame(device, tiny(video("tune_mid")), True)]
+        return [frame(device, video(name), backward) for backward in (False, True) for name in FRAMES]
     return []

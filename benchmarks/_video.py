@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastcontrast.ops.frame_rules import causal
 from fastcontrast.testing.shapes import Clips
 
 from ._harness import Provider, Step
 
 TOLERANCE = 2e-5
+CHUNK = 3  # frames, of the one rule that is no list of frames
+RULES = {"temporal": "all", f"causal({CHUNK})": causal(CHUNK)}  # others go by their name
 POSITIONS = 1 << 22  # elements of q a chunk of the truth of temporal attention: 32 MiB in float64
 
 
@@ -37,8 +40,7 @@ class Problem(NamedTuple):
     @property
     def options(self) -> dict:
         """Arguments of the operation beside q, k and v."""
-        rule = "all" if self.rule == "temporal" else self.rule
-        return {"rule": rule, "lengths": self.lengths, "extra": self.extra or None}
+        return {"rule": RULES.get(self.rule, self.rule), "lengths": self.lengths, "extra": self.extra or None}
 
 
 def make_problem(shape: Clips, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
@@ -162,16 +164,27 @@ def joined(problem: Problem) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(1, problem.q.shape[1:3])
 
 
+def by_chunks(problem: Problem) -> Tensor:
+    """Torch's best for chunks of frames that attend those up to their own: one call a chunk, on views."""
+    outs = []
+    for f in range(0, problem.q.shape[1], CHUNK):
+        own, past = slice(f, f + CHUNK), slice(f + CHUNK)
+        parts = problem.q[:, own], problem.k[:, past], problem.v[:, past]
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in parts)  # [B, H, tokens, D]
+        outs.append(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).unflatten(1, (-1, problem.q.shape[2])))
+    return torch.cat(outs, 1)
+
+
 def frame_truth(problem: Problem, backward: bool) -> tuple[Tensor, ...]:
-    """Float64 on concatenated keys, a clip and a head at a time."""
-    q = problem.q
+    """Float64 on concatenated keys, or chunk by chunk, a clip and a head at a time."""
+    q, attend = problem.q, by_chunks if "causal" in problem.rule else concatenated
     wanted = (q, *problem.inputs) if backward else (q,)
     results = [torch.empty_like(x, dtype=torch.float64, requires_grad=False) for x in wanted]
     for b in range(q.shape[0]):
         for h in range(q.shape[3]):
             part = (slice(b, b + 1), slice(None), slice(None), slice(h, h + 1))
             inputs = [x.detach()[part].double().requires_grad_(backward) for x in problem.inputs]
-            out = concatenated(problem._replace(q=inputs[0], k=inputs[1], v=inputs[2], extra=tuple(inputs[3:])))
+            out = attend(problem._replace(q=inputs[0], k=inputs[1], v=inputs[2], extra=tuple(inputs[3:])))
             gradients = torch.autograd.grad(out, inputs, problem.upstream[part].double()) if backward else ()
             for result, exact in zip(results, (out.detach(), *gradients), strict=True):
                 result[part] = exact
