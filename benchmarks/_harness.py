@@ -76,8 +76,10 @@ class Bar:
 
     def __str__(self) -> str:
         sign, limit = ("≤", self.at_most) if self.at_least is None else ("≥", self.at_least)
-        shown = f"{limit / 2**20:.0f} MiB" if self.what == "peak_extra_bytes" else f"{limit:g}"
-        return f"{self.of} / {self.over} {sign} {shown}" if self.over else f"{self.of} {sign} {shown}"
+        if self.over:
+            return f"{self.of} / {self.over} {sign} {limit:g}"
+        shown = f"{limit / 2**20:.0f} MiB" if self.what == "peak_extra_bytes" else f"{limit:g} s"
+        return f"{self.of} {sign} {shown}"
 
     def met(self, value: float) -> bool:
         return value <= self.at_most if self.at_least is None else value >= self.at_least

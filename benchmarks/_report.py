@@ -22,7 +22,7 @@ from ._harness import OURS, Row
 
 RIVALS = (
     "open_clip_torch", "sentence-transformers", "pytorch-metric-learning", "lightly", "torchvision",
-    "memeff", "siglip-kernel", "inf-cl", "cut-cross-entropy", "liger-kernel",
+    "memeff", "siglip-kernel", "inf-cl", "cut-cross-entropy", "liger-kernel", "xformers",
 )  # fmt: skip
 
 

@@ -1,11 +1,7 @@
 """transformers' own video models, patched and not: the same outputs and gradients, of weights that stay theirs."""
 
 import copy
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +13,6 @@ from copies import Copies  # noqa: E402
 from fastcontrast.integrations.transformers import patch_video, runs_patched, unpatch_video  # noqa: E402
 from fastcontrast.ops import trace  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
-OLD = ROOT / "build" / "transformers-4.57"
 VISION = {
     "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3, "image_size": 8,
     "patch_size": 4, "num_frames": 3, "mit_hidden_size": 16, "mit_intermediate_size": 24, "mit_num_hidden_layers": 1,
@@ -303,13 +297,3 @@ def test_a_forward_that_something_else_put_on_a_layer_is_refused():
     with pytest.raises(ValueError, match="patch_video: TimesformerLayer has a forward that was put on it"):
         patch_video(model)
     assert not any(type(x).__module__.startswith("fastcontrast") for x in model.modules())
-
-
-@pytest.mark.skipif(not OLD.exists(), reason="`make build/transformers-4.57` has not installed it")
-@pytest.mark.skipif(transformers.__version__ == "4.57.6", reason="this is it")
-def test_with_the_oldest_transformers():
-    environment = {**os.environ, "PYTHONPATH": str(OLD)}
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert " passed" in done.stdout

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastcontrast.figures import BLUE, GREEN, GREY, INK, LIGHT, figure, plain
 from fastcontrast.towers import TwoTowers, encode
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from fastcontrast.data import Pairs
 
-INK, GREY, LIGHT, BLUE, GREEN = "#1b1f24", "#6b7280", "#d8dce2", "#2563eb", "#15a34a"
 ANSWERS = 5
 
 
@@ -35,10 +37,6 @@ def draw(
     """Writes a PNG. Left: loss and recall. Right: what the towers answer to unseen names, drawn at random, among the
     items of unseen names (the right one in green), and to free texts among all items; of items of one name, the best.
     """
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # Agg by itself: pyplot's backend stays as it is
-    from matplotlib.figure import Figure
-
     unseen = pairs.unseen.nonzero()[:, 0].tolist()
     asked = random.Random(seed).sample(unseen, min(7 if pairs.source == "icons" else 4, len(unseen)))
     features = encode(model.item_tower, items)
@@ -48,19 +46,14 @@ def draw(
     for text, query in zip(free_texts, model.names(list(free_texts)), strict=True):
         rows.append((text, _best(features, pairs, query, torch.arange(len(pairs))), None))
 
-    style = {"font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": LIGHT, "axes.labelcolor": GREY,
-             "xtick.color": GREY, "ytick.color": GREY, "font.size": 9}  # fmt: skip
-    with rc_context(style):
-        figure = Figure(figsize=(13, 0.8 + 0.62 * (len(rows) + 2)), dpi=130, facecolor="white")
-        FigureCanvasAgg(figure)
-        left, right = figure.add_gridspec(
+    with figure(path, figsize=(13, 0.8 + 0.62 * (len(rows) + 2)), dpi=130) as whole:
+        left, right = whole.add_gridspec(
             1, 2, width_ratios=(1, 2.6), wspace=0.1, left=0.05, right=0.985, top=0.93, bottom=0.07
         )
         top, bottom = left.subgridspec(2, 1, hspace=0.36)
-        _curve(figure.add_subplot(top), losses)
-        _bars(figure.add_subplot(bottom), ways, before, after, len(unseen))
-        _answers(figure, right, rows, pairs, len(asked))
-        figure.savefig(path)
+        _curve(whole.add_subplot(top), losses)
+        _bars(whole.add_subplot(bottom), ways, before, after, len(unseen))
+        _answers(whole, right, rows, pairs, len(asked))
 
 
 def _best(features: Tensor, pairs: Pairs, query: Tensor, among: Tensor) -> list[int]:
@@ -73,9 +66,8 @@ def _best(features: Tensor, pairs: Pairs, query: Tensor, among: Tensor) -> list[
 
 def _curve(axes: Any, losses: list[float]) -> None:
     axes.plot(range(1, len(losses) + 1), losses, color=BLUE, linewidth=2)
-    axes.set_title("training loss", loc="left", fontweight="bold", fontsize=10)
     axes.set_xlabel("step")
-    _plain(axes)
+    plain(axes, "training loss")
 
 
 def _bars(axes: Any, ways: dict[str, str], before: dict, after: dict, gallery: int) -> None:
@@ -88,20 +80,14 @@ def _bars(axes: Any, ways: dict[str, str], before: dict, after: dict, gallery: i
         axes.annotate(f"{height:.1f}", (x, height), (0, 3), textcoords="offset points", ha="center", color=INK)
     ticks = [ways[way].replace("→ ", "→\n") + f" @{k}" for way, k in labels]
     axes.set_xticks(list(at), ticks, fontsize=7.5)
-    axes.set_title(f"recall on {gallery:,} unseen names, %", loc="left", fontweight="bold", fontsize=10)
     axes.margins(y=0.12)
     axes.text(0.01, 0.99, "grey: before training", transform=axes.transAxes, va="top", color=GREY, fontsize=7.5)
-    _plain(axes)
+    plain(axes, f"recall on {gallery:,} unseen names, %")
 
 
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=LIGHT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-
-
-def _answers(figure: Any, where: Any, rows: list[tuple[str, list[int], int | None]], pairs: Pairs, asked: int) -> None:
+def _answers(
+    whole: Figure, where: Any, rows: list[tuple[str, list[int], int | None]], pairs: Pairs, asked: int
+) -> None:
     """One row a query, its answers beside it; a heading above each of the two groups."""
     heights = [0.45, *[1.0] * asked, 0.55, *[1.0] * (len(rows) - asked)]
     grid = where.subgridspec(
@@ -110,18 +96,18 @@ def _answers(figure: Any, where: Any, rows: list[tuple[str, list[int], int | Non
     pictures = pairs.source == "icons"
     kind = "icons" if pictures else "texts"
     _text(
-        figure.add_subplot(grid[0, :]),
+        whole.add_subplot(grid[0, :]),
         f"unseen names, drawn at random  →  {kind} of unseen names",
         weight="bold",
         size=10,
     )
-    _text(figure.add_subplot(grid[asked + 1, :]), f"free text  →  all {len(pairs):,} {kind}", weight="bold", size=10)
+    _text(whole.add_subplot(grid[asked + 1, :]), f"free text  →  all {len(pairs):,} {kind}", weight="bold", size=10)
     for place, (query, answers, own) in enumerate(rows):
         line = place + 1 + (place >= asked)
-        _text(figure.add_subplot(grid[line, 0]), textwrap.fill(f"“{query}”", 22, max_lines=3), size=9.5)
+        _text(whole.add_subplot(grid[line, 0]), textwrap.fill(f"“{query}”", 22, max_lines=3), size=9.5)
         for column, item in enumerate(answers, 1):
             name = int(pairs.ids[item])
-            axes = figure.add_subplot(grid[line, column])
+            axes = whole.add_subplot(grid[line, column])
             if pictures:
                 _icon(axes, pairs.items[item], pairs.names[name], name == own)
             else:

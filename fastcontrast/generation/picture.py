@@ -5,32 +5,24 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-INK, GREY, LIGHT = "#1b1f24", "#6b7280", "#d8dce2"
-COLOURS = ("#6b7280", "#93b4f5", "#d97706", "#15a34a", "#2563eb", "#9333ea")
+from fastcontrast.figures import BLUE, GREEN, GREY, ORANGE, figure, plain
+
+COLOURS = (GREY, "#93b4f5", ORANGE, GREEN, BLUE, "#9333ea")
 
 
 def draw(path: Path, results: dict[str, Any]) -> None:
     """Writes a PNG. Left: a point a way of decoding, diversity over perplexity. Right: tokens a second, with memory."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # Agg by itself: pyplot's backend stays as it is
-    from matplotlib.figure import Figure
-
     rows = results["methods"]
     colours = dict(zip(rows, COLOURS * (1 + len(rows) // len(COLOURS)), strict=False))
-    style = {"font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": LIGHT, "axes.labelcolor": GREY,
-             "xtick.color": GREY, "ytick.color": GREY, "font.size": 9}  # fmt: skip
-    with rc_context(style):
-        figure = Figure(figsize=(11, 3.9), dpi=130, facecolor="white", layout="constrained")
-        FigureCanvasAgg(figure)
-        left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
+    with figure(path, figsize=(11, 3.9), dpi=130, layout="constrained") as whole:
+        left, right = whole.subplots(1, 2, width_ratios=(1.35, 1))
         _points(left, rows, colours)
         _bars(right, {name: row for name, row in rows.items() if row["seconds"] is not None}, colours)
-        figure.suptitle(
+        whole.suptitle(
             f"{results['model']}: {len(results['prompts'])} prompts of {results['prompt_tokens']} tokens, "
             f"{results['tokens']} new ones, {results['dtype']} on {results['device']}, threads: {results['threads']}",
             fontsize=8, color=GREY, x=0.01, ha="left",
         )  # fmt: skip
-        figure.savefig(path)
 
 
 def _points(axes: Any, rows: dict[str, dict], colours: dict[str, str]) -> None:
@@ -47,14 +39,12 @@ def _points(axes: Any, rows: dict[str, dict], colours: dict[str, str]) -> None:
     axes.set_xscale("log")
     axes.set_xlabel("perplexity under the model")
     axes.set_ylabel("diversity")
-    axes.set_title("diversity over perplexity", loc="left", fontweight="bold", fontsize=10)
     axes.margins(0.14)
-    axes.grid(color=LIGHT, linewidth=0.6)
     low, high = axes.get_xlim()  # the scale's own ticks are powers of ten: one, here
     ticks = [x * 10**power for power in range(6) for x in (1, 2, 3, 5) if low < x * 10**power < high]
     axes.set_xticks(ticks, [f"{x:,}" for x in ticks])
     axes.minorticks_off()
-    _plain(axes)
+    plain(axes, "diversity over perplexity", grid="both")
 
 
 def _bars(axes: Any, rows: dict[str, dict], colours: dict[str, str]) -> None:
@@ -68,11 +58,4 @@ def _bars(axes: Any, rows: dict[str, dict], colours: dict[str, str]) -> None:
     axes.set_yticks(list(at), list(rows))
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(speeds))
-    axes.set_title("tokens a second, memory beyond the weights", loc="left", fontweight="bold", fontsize=10)
-    _plain(axes)
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    plain(axes, "tokens a second, memory beyond the weights", grid=None)

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from fastcontrast import clips
+from fastcontrast.figures import BLUE, GREEN, GREY, LIGHT, ORANGE, figure, plain
 
 from ._x_clip_run import KINDS, draw_clips
 from .x_clip import CrossFrameBlock, XClip
 
-INK, GREY, LIGHT = "#1b1f24", "#6b7280", "#d8dce2"
-COLOURS = {"x_clip": "#2563eb", "messages": "#15a34a", "integration": "#d97706", "pooled": "#9ca3af"}
+COLOURS = {"x_clip": BLUE, "messages": GREEN, "integration": ORANGE, "pooled": "#9ca3af"}
 
 
 @torch.no_grad()
@@ -41,10 +41,6 @@ def message_attention(block: CrossFrameBlock, z: Tensor) -> tuple[Tensor, Tensor
 def draw(path: Path, model: XClip, features: dict[str, Tensor], results: dict[str, Any]) -> None:
     """Writes a PNG. Left: losses and accuracies. Right: a held-out clip in every way, under each frame's patches how
     much they read its message, and beside them which frames' messages read which, in the last block."""
-    from matplotlib import rc_context
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # Agg by itself: pyplot's backend stays as it is
-    from matplotlib.figure import Figure
-
     # The same clips of features and of frames' numbers: 1,000 · video + frame.
     numbers = {video: 1000 * i + torch.arange(len(x)) for i, (video, x) in enumerate(features.items())}
     ways, shot = len(results["classes"]), 5  # the shot whose frames are clearest when small
@@ -58,32 +54,27 @@ def draw(path: Path, model: XClip, features: dict[str, Tensor], results: dict[st
     read, told = message_attention(model.vision.blocks[-1], z)
     pictures = {i: clips.frames([*features][i], 90, 160) for i in set((shown // 1000).flatten().tolist())}
 
-    style = {"font.family": "DejaVu Sans", "text.color": INK, "axes.edgecolor": LIGHT, "axes.labelcolor": GREY,
-             "xtick.color": GREY, "ytick.color": GREY, "font.size": 9}  # fmt: skip
-    with rc_context(style):
-        figure = Figure(figsize=(15, 1.3 + 2.0 * ways), dpi=110, facecolor="white")
-        FigureCanvasAgg(figure)
-        left, right = figure.add_gridspec(1, 2, width_ratios=(1, 3.4), wspace=0.08, left=0.04, right=0.99, top=0.92,
+    with figure(path, figsize=(15, 1.3 + 2.0 * ways), dpi=110) as whole:
+        left, right = whole.add_gridspec(1, 2, width_ratios=(1, 3.4), wspace=0.08, left=0.04, right=0.99, top=0.92,
                                           bottom=0.06)  # fmt: skip
         top, bottom = left.subgridspec(2, 1, hspace=0.4)
-        _curves(figure.add_subplot(top), results)
-        _bars(figure.add_subplot(bottom), results)
+        _curves(whole.add_subplot(top), results)
+        _bars(whole.add_subplot(bottom), results)
         grid = right.subgridspec(2 * ways, video.shape[1] + 2, height_ratios=[0.62, 1] * ways, hspace=0.12, wspace=0.06)
         most, side = told[:, :, 1:].max().item(), round((told.shape[2] - 1) ** 0.5)
         for way, name in enumerate(results["classes"]):
             for t, number in enumerate(shown[way].tolist()):
-                axes = figure.add_subplot(grid[2 * way, t])
+                axes = whole.add_subplot(grid[2 * way, t])
                 _image(axes, pictures[number // 1000][number % 1000])
                 if t == 0:
                     axes.set_title(name, loc="left", fontweight="bold", fontsize=10)
-                _image(figure.add_subplot(grid[2 * way + 1, t]), told[way, t, 1:].view(side, side), most)
-            axes = figure.add_subplot(grid[2 * way : 2 * way + 2, video.shape[1] :])
+                _image(whole.add_subplot(grid[2 * way + 1, t]), told[way, t, 1:].view(side, side), most)
+            axes = whole.add_subplot(grid[2 * way : 2 * way + 2, video.shape[1] :])
             _image(axes, read[way], read.max().item())
             if way == 0:
                 axes.set_title("messages: row reads column", fontsize=8, color=GREY)
         text = f"“{clips.SHOTS[shot].text}”, held out; below each frame: how much its patches read its message"
-        figure.text(0.27, 0.965, text, color=GREY)
-        figure.savefig(path)
+        whole.text(0.27, 0.965, text, color=GREY)
 
 
 def _image(axes: Any, values: Tensor, most: float | None = None) -> None:
@@ -103,10 +94,9 @@ def _curves(axes: Any, results: dict[str, Any]) -> None:
             label=KINDS[name].label,
             linewidth=1,
         )
-    axes.set_title("training loss", loc="left", fontweight="bold", fontsize=10)
     axes.set_xlabel("step")
     axes.legend(frameon=False, fontsize=8)
-    _plain(axes)
+    plain(axes, "training loss")
 
 
 def _bars(axes: Any, results: dict[str, Any]) -> None:
@@ -119,12 +109,4 @@ def _bars(axes: Any, results: dict[str, Any]) -> None:
             axes.annotate(f"{height:.0f}", (x, height), (0, 2), textcoords="offset points", ha="center", fontsize=5.5)
     axes.axhline(100 / len(results["classes"]), color=GREY, linewidth=0.8, linestyle=":")
     axes.set_xticks(range(len(ways)), [textwrap.fill(way, 12) for way in ways], fontsize=7.5)
-    axes.set_title("right on held-out clips, %; dotted: chance", loc="left", fontweight="bold", fontsize=10)
-    _plain(axes)
-
-
-def _plain(axes: Any) -> None:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color=LIGHT, linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
+    plain(axes, "right on held-out clips, %; dotted: chance")
