@@ -26,6 +26,11 @@ TIMESFORMER = {
     "image_size": 8, "patch_size": 4, "num_frames": 3, "hidden_size": 24, "num_hidden_layers": 2,
     "num_attention_heads": 3, "intermediate_size": 32, "num_channels": 2,
 }  # fmt: skip
+VIVIT = {
+    "image_size": 8, "num_frames": 4, "tubelet_size": [2, 4, 4], "num_channels": 2, "hidden_size": 24,
+    "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 32,
+}  # fmt: skip
+OLD = transformers.__version__ < "5"
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -53,6 +58,10 @@ def x_clip_whole():
 
 def timesformer(**changes):
     return shaken(transformers.TimesformerModel(transformers.TimesformerConfig(**{**TIMESFORMER, **changes})))
+
+
+def vivit(**changes):
+    return shaken(transformers.VivitModel(transformers.VivitConfig(**{**VIVIT, **changes})))
 
 
 def timesformer_that_drops_paths():
@@ -86,11 +95,16 @@ CASES = {
     "timesformer_joint": (
         lambda: timesformer(attention_type="joint_space_time"), last_hidden, (2, 3, 2, 8, 8), "frame_attention",
     ),
+    "vivit": (vivit, last_hidden, (2, 4, 2, 8, 8), "frame_attention"),
 }  # fmt: skip
+if OLD:
+    del CASES["vivit"]
+KINDS = [name for name in ("x_clip_vision", "timesformer", "vivit") if name in CASES]
 
 
 def layers(model):
-    return [x for x in model.modules() if type(x).__name__ in ("XCLIPVisionEncoderLayer", "TimesformerLayer")]
+    names = "XCLIPVisionEncoderLayer", "TimesformerLayer", "VivitAttention"
+    return [x for x in model.modules() if type(x).__name__ in names]
 
 
 def tolerance(model, dtype):
@@ -122,7 +136,7 @@ def assert_same(ours, theirs, share):
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_stay(case, dtype, training):
     make, run, shape, *operations = CASES[case]
-    if case == "x_clip" and dtype == torch.float64 and transformers.__version__ < "5":
+    if case == "x_clip" and dtype == torch.float64 and OLD:
         pytest.skip("transformers 4 makes no mask for its text model in float64")
     model = make().to(dtype).train(training)
     pixels = frames(*shape, dtype=dtype)
@@ -139,7 +153,7 @@ def test_outputs_and_gradients_stay(case, dtype, training):
     assert_same(again, theirs, 0.0)
 
 
-@pytest.mark.parametrize("case", ["x_clip", "timesformer"])
+@pytest.mark.parametrize("case", ["x_clip", *KINDS[1:]])
 def test_a_patched_model_is_still_that_model(case, tmp_path):
     make, run, shape, *_ = CASES[case]
     model, pixels = make(), frames(*shape)
@@ -163,11 +177,11 @@ def test_a_patched_model_is_still_that_model(case, tmp_path):
     assert not any("patched" in vars(x) for x in model.modules())
 
 
-@pytest.mark.parametrize("case", ["x_clip_vision", "timesformer"])
+@pytest.mark.parametrize("case", KINDS)
 def test_weights_that_are_asked_for_come_from_the_original_code(case):
     make, _, shape, *_ = CASES[case]
     model, pixels = make(), frames(*shape)
-    if case == "x_clip_vision":
+    if case != "timesformer":
         model.set_attn_implementation("eager")
     theirs = model(pixels, output_attentions=True, output_hidden_states=True)
     patch_video(model)
@@ -200,6 +214,7 @@ def test_weights_asked_for_by_the_configuration():
         (lambda: timesformer(attention_probs_dropout_prob=0.5), (2, 3, 2, 8, 8)),
         (lambda: timesformer(hidden_dropout_prob=0.5), (2, 3, 2, 8, 8)),
         (timesformer_that_drops_paths, (2, 3, 2, 8, 8)),
+        *([] if OLD else [(lambda: vivit(attention_probs_dropout_prob=0.5), (2, 4, 2, 8, 8))]),
     ],
 )
 def test_dropout_in_training_is_the_original_draw(make, shape):
@@ -232,7 +247,7 @@ def test_drop_path_of_messages_draws_as_before():
     assert all(map(runs_patched, layers(model)))
 
 
-@pytest.mark.parametrize("case", ["x_clip_vision", "timesformer"])
+@pytest.mark.parametrize("case", KINDS)
 def test_gradient_checkpointing(case):
     make, run, shape, *_ = CASES[case]
     model = make().double().train()
@@ -252,7 +267,7 @@ def test_gradient_checkpointing(case):
 @pytest.mark.parametrize("case, left", [("x_clip_vision", 0), ("timesformer", 2)])
 def test_what_a_layer_copies(case, left):
     """TimeSformer's two: tokens behind the CLS token that did not attend with them."""
-    model, masks = CASES[case][0](), 1 if transformers.__version__ >= "5" else 2
+    model, masks = CASES[case][0](), 2 if OLD else 1
     if case == "timesformer":
         tokens, arguments = frames(2, 1 + 4 * 3, 24), ()
     else:
@@ -278,14 +293,10 @@ def test_half_precision():
     assert ours <= 2 * theirs
 
 
-def test_vivit_attends_jointly_and_is_refused():
-    model = transformers.VivitModel(
-        transformers.VivitConfig(
-            image_size=8, num_frames=4, tubelet_size=[2, 4, 4], hidden_size=8, num_hidden_layers=1,
-            num_attention_heads=2, intermediate_size=8,
-        )
-    )  # fmt: skip
-    with pytest.raises(ValueError, match="X-CLIP's vision model or of TimeSformer, got VivitModel; ViViT"):
+@pytest.mark.parametrize("make", [lambda: torch.nn.Linear(2, 2), *([vivit] if OLD else [])])
+def test_a_model_without_layers_to_patch_is_refused(make):
+    model = make()
+    with pytest.raises(ValueError, match=r"of TimeSformer, or \(of transformers 5\) of ViViT, got"):
         patch_video(model)
     assert unpatch_video(model) is model
 

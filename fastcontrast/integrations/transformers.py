@@ -9,14 +9,14 @@ X-CLIP         The message of a frame is an extra key of `frame_attention`; what
 TimeSformer    Divided space-time: `temporal_attention` and `frame_attention` on views that skip the CLS token. It is an
                extra key, and asks in a small attention of its own; tokens are not copied to one row a position, then
                to one row a frame behind copies of the CLS token, and back. All kinds: no probabilities are stored.
+ViViT          All tokens of a clip attend each other jointly: `frame_attention` of one frame. Of transformers 5, in
+               which an attention's products are its own.
 
 Outputs and gradients are the same to rounding. Where a layer is asked for what the operations do not have, it runs the
 original code: attention weights (`output_attentions`), masks, and in training any dropout of attention weights; in
 TimeSformer any dropout or drop path, for its draws would be others. `runs_patched(layer)` says which of the two a
-layer did last. Hooks on the attention modules inside a layer, of which only the products run, are not called.
-
-ViViT needs no patch, and is refused: there, all tokens of a clip attend each other jointly, as one frame, and
-`transformers`' own "sdpa" reads them in place.
+layer did last. Hooks on the attention modules inside a layer, of which only the products run, are not called; ViViT's
+attention modules are patched themselves.
 
 `transformers` 4.57 and 5.
 """
@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from transformers import activations
 from transformers.models.timesformer import modeling_timesformer as timesformer
+from transformers.models.vivit import modeling_vivit as vivit
 from transformers.models.x_clip import modeling_x_clip as x_clip
 
 from fastcontrast.activations import quick_gelu
@@ -41,19 +42,24 @@ from fastcontrast.ops import frame_attention, temporal_attention
 TUPLES = "output_attentions" in inspect.signature(x_clip.XCLIPVisionEncoderLayer.forward).parameters
 
 
+def _asks_more(attention: nn.Module, dropout: float, masks: tuple[Any, ...], options: dict[str, Any]) -> bool:
+    """A mask, the weights themselves, or dropout of them."""
+    weights = options.get("output_attentions")
+    weights = getattr(attention.config, "output_attentions", False) if weights is None else weights
+    masked = any(isinstance(x, Tensor) for x in (*masks, *options.values()))
+    return bool(weights) or masked or (attention.training and dropout > 0)
+
+
+def _jointly(q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # [B, L, H, D]
+    """[B, L, H · D]: tokens of all frames attend each other, as those of one frame."""
+    return frame_attention(*(x[:, None] for x in (q, k, v)), rule="self").flatten(3)[:, 0]
+
+
 def _result(hidden: Tensor) -> Any:
     return (hidden,) if TUPLES else hidden
 
 
 # ----------------------------------------------------------------------------------------------------------- X-CLIP
-
-
-def _asks_more(attention: x_clip.XCLIPAttention, masks: tuple[Any, ...], options: dict[str, Any]) -> bool:
-    """A mask, the weights themselves, or dropout of them."""
-    weights = options.get("output_attentions")
-    weights = getattr(attention.config, "output_attentions", False) if weights is None else weights
-    masked = any(isinstance(x, Tensor) for x in (*masks, *options.values()))
-    return bool(weights) or masked or (attention.training and attention.dropout > 0)
 
 
 def _split(attention: x_clip.XCLIPAttention, *products: Tensor) -> tuple[Tensor, ...]:
@@ -75,7 +81,7 @@ class XCLIPVisionEncoderLayer(x_clip.XCLIPVisionEncoderLayer):
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *masks: Any, **options: Any) -> Any:
         asked = (attention_mask, *masks)
-        self.patched = not any(_asks_more(x, asked, options) for x in (self.self_attn, self.message_attn))
+        self.patched = not any(_asks_more(x, x.dropout, asked, options) for x in (self.self_attn, self.message_attn))
         if not self.patched:
             return super().forward(hidden_states, attention_mask, *masks, **options)
         hidden_states = hidden_states + self._attend(hidden_states)
@@ -99,7 +105,7 @@ class XCLIPEncoderLayer(x_clip.XCLIPEncoderLayer):
     patched = False
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, *masks: Any, **options: Any) -> Any:
-        self.patched = not _asks_more(self.self_attn, (attention_mask, *masks), options)
+        self.patched = not _asks_more(self.self_attn, self.self_attn.dropout, (attention_mask, *masks), options)
         if not self.patched:
             return super().forward(hidden_states, attention_mask, *masks, **options)
         hidden_states = hidden_states + _across_frames(self.self_attn, self.layer_norm1(hidden_states))
@@ -121,8 +127,7 @@ class TimesformerLayer(timesformer.TimesformerLayer):
             hidden_states = hidden_states + self.attention.output(self._in_space(hidden_states))
         else:
             qkv = self._qkv(self.attention, self.layernorm_before(hidden_states))
-            out = frame_attention(*(x[:, None] for x in qkv.unbind(2)), rule="self").flatten(3)[:, 0]
-            hidden_states = hidden_states + self.attention.output(out)
+            hidden_states = hidden_states + self.attention.output(_jointly(*qkv.unbind(2)))
         out = self.output(self.intermediate(self.layernorm_after(hidden_states)))
         return (hidden_states + out,)
 
@@ -159,6 +164,21 @@ class TimesformerLayer(timesformer.TimesformerLayer):
         return torch.cat([first_out, out], 1)
 
 
+# ------------------------------------------------------------------------------------------------------------ ViViT
+
+
+class VivitAttention(vivit.VivitAttention):
+    patched = False
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **options: Any) -> tuple[Tensor, Any]:
+        self.patched = not _asks_more(self, self.attention_dropout, (attention_mask,), options)
+        if not self.patched:
+            return super().forward(hidden_states, attention_mask, **options)
+        products = (product(hidden_states) for product in (self.q_proj, self.k_proj, self.v_proj))
+        out = _jointly(*(split_heads(x, self.num_attention_heads) for x in products))
+        return self.o_proj(out), None
+
+
 # ------------------------------------------------------------------------------------------------------------ patch
 
 
@@ -167,16 +187,16 @@ class QuickGELUActivation(activations.QuickGELUActivation):
         return quick_gelu(input)
 
 
-OURS = {
-    ours.__base__: ours for ours in (XCLIPVisionEncoderLayer, XCLIPEncoderLayer, TimesformerLayer, QuickGELUActivation)
-}
+LAYERS = (x_clip.XCLIPVisionEncoderLayer, timesformer.TimesformerLayer, *(() if TUPLES else (vivit.VivitAttention,)))
+CHANGED = XCLIPVisionEncoderLayer, XCLIPEncoderLayer, TimesformerLayer, VivitAttention, QuickGELUActivation
+OURS = {ours.__base__: ours for ours in CHANGED}
 
 
 def _layers(model: nn.Module) -> Iterator[nn.Module]:
     for module in model.modules():
         if isinstance(module, x_clip.XCLIPMultiframeIntegrationTransformer):
             yield from module.encoder.layers
-        elif isinstance(module, (x_clip.XCLIPVisionEncoderLayer, timesformer.TimesformerLayer)):
+        elif isinstance(module, LAYERS):
             yield module
 
 
@@ -190,7 +210,8 @@ def _parts(model: nn.Module) -> list[nn.Module]:
 
 
 def patch_video(model: nn.Module) -> nn.Module:
-    """The model, its layers on `temporal_attention`, `frame_attention` and `quick_gelu`: X-CLIP's and TimeSformer's.
+    """The model, its layers on `temporal_attention`, `frame_attention` and `quick_gelu`: X-CLIP's, TimeSformer's and
+    ViViT's.
 
     Any model with such layers inside, on any device, of any dtype; a patched one stays as it is.
     Raises: ValueError where there is no layer to patch, or one has a `forward` that something else put on it.
@@ -198,8 +219,8 @@ def patch_video(model: nn.Module) -> nn.Module:
     parts = _parts(model)
     if not parts:
         raise ValueError(
-            f"patch_video: expected a model with layers of X-CLIP's vision model or of TimeSformer, got "
-            f"{type(model).__name__}; ViViT attends all tokens of a clip at once, in place, and has nothing to patch"
+            f"patch_video: expected a model with layers of X-CLIP's vision model, of TimeSformer, or (of transformers "
+            f"5) of ViViT, got {type(model).__name__}"
         )
     theirs = [part for part in parts if type(part) in OURS]
     for part in theirs:
@@ -220,5 +241,6 @@ def unpatch_video(model: nn.Module) -> nn.Module:
 
 
 def runs_patched(layer: nn.Module) -> bool:
-    """Whether a layer's last forward ran on the operations; False before its first, and for layers not patched."""
+    """Whether the last forward of a layer, of ViViT of an attention, ran on the operations; False before its first, and
+    where it is not patched."""
     return bool(getattr(layer, "patched", False))
