@@ -191,9 +191,7 @@ def draw_clips(
     return torch.stack(found), torch.arange(len(WAYS)).repeat(count), sources
 
 
-def train(
-    model: XClip, features: dict[str, Tensor], texts: Tensor, steps: int, seed: int, name: str
-) -> list[float]:  # fmt: skip
+def train(model: XClip, features: dict[str, Tensor], texts: Tensor, steps: int, seed: int, name: str) -> list[float]:
     """`steps` steps, in place. Returns the loss of every step."""
     from tqdm import tqdm
 
