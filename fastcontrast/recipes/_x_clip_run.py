@@ -196,7 +196,7 @@ def train(model: XClip, features: dict[str, Tensor], texts: Tensor, steps: int, 
     from tqdm import tqdm
 
     # Nothing here comes from CLIP: all parameters are new, and learn at one rate.
-    optimizer = torch.optim.AdamW(parameter_groups(model, RATE, DECAY, faster=1.0), betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(parameter_groups(model, RATE, DECAY, faster=1.0), betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: warm_up_then_cosine(i, steps, max(1, steps // 10))
     )
