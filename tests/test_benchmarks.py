@@ -44,16 +44,16 @@ def broken(x):
 
 def workloads(quick):
     providers = {
-        "fastcontrast": Provider(step(0.004), memory=True),
-        "greedy": Provider(step(0.004, scratch=100 << 20), memory=True),
+        "fastcontrast": Provider(step(0.01), memory=True),
+        "greedy": Provider(step(0.01, scratch=100 << 20), memory=True),
         "wrong": Provider(step(error=1e-3)),
         "not a number": Provider(step(error=float("nan"))),
         "absent": Provider(absent),
         "broken": Provider(broken),
         "too large": Provider(step(), needs=1 << 60),
-        "slow": Provider(step(0.012), reps=2),
+        "slow": Provider(step(0.06), reps=2),
     }
-    floors = {"sleep": Floor({"slow": step(0.01), "fast": step(0.002)})}
+    floors = {"sleep": Floor({"slow": step(0.05), "fast": step(0.002)})}
     bars = (
         Bar("fastcontrast", "sleep", at_most=1e3),
         Bar("fastcontrast", "sleep", at_most=1.0),
@@ -255,7 +255,8 @@ def test_workloads_of_a_gpu_are_right_where_there_is_none():
         ours = [row for row in rows if row.provider.startswith("fastcontrast")]
         assert ours and all(row.status == "ok" for row in ours)
     (beside,) = _gpu.measurements("contrastive_search")["beside the model"](True, 1, device="cpu")
-    assert beside.seconds > 0 and len(beside.bars) == 1
+    # The difference of two times, which noise alone may turn round here.
+    assert beside.status == "ok" and math.isfinite(beside.seconds) and len(beside.bars) == 1
     full = [w for op in harness.operations() for w in _gpu.workloads(op, quick=False)]
     assert len({w.name for w in full}) == len(full)
     for workload in full:
