@@ -20,7 +20,7 @@ from fastcontrast.testing.shapes import Clips, video
 from . import _rivals as rivals
 from . import frame_attention, temporal_attention
 from ._harness import OURS, Bar, Provider, Step, Workload
-from ._video import RULES, Problem, concatenate, concatenated, make_problem, provider, tiny
+from ._video import CHUNKS, Problem, concatenate, concatenated, make_problem, provider, rule_of, tiny
 
 TOLERANCE = 2e-2  # of bfloat16: results are rounded to 8 bits
 STREAMED = 8 << 20  # elements of q from which a floor is the memory's: smaller ones lie in a cache, or are all launch
@@ -95,9 +95,9 @@ def flex(problem: Problem) -> Step:
 
 def rivals_of(shape: Clips, backward: bool) -> dict[str, Provider]:
     found = {}
-    if shape.rule not in RULES:
+    if shape.rule != CHUNKS:
         found = {FLASH: provider(flash, backward, memory=not backward), XFORMERS: xformers(backward)}
-    if not (backward or shape.extra) and masked(count_matrix(RULES.get(shape.rule, shape.rule), shape.f)):
+    if not (backward or shape.extra) and masked(count_matrix(rule_of(shape.rule), shape.f)):
         found[FLEX] = Provider(flex, compiles=True)
     return found
 

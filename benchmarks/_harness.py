@@ -58,7 +58,7 @@ class Provider:
 
 @dataclass(frozen=True)
 class Floor:
-    """Bare work that no implementation can do without, in one or more `variants`, `times` over where more is run."""
+    """Bare work that no implementation can do without, in one or more `variants`; there is `times` as much of it."""
 
     variants: dict[str, Callable[[Any], Step]]
     times: float = 1

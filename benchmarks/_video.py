@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcontrast.ops.frame_rules import causal
+from fastcontrast.ops.frame_rules import Rule, causal
 from fastcontrast.testing.shapes import Clips
 
 from ._harness import Provider, Step
 
 TOLERANCE = 2e-5
 CHUNK = 3  # frames, of the one rule that is no list of frames
-RULES = {"temporal": "all", f"causal({CHUNK})": causal(CHUNK)}  # others go by their name
+CHUNKS = str(causal(CHUNK))
 POSITIONS = 1 << 22  # elements of q a chunk of the truth of temporal attention: 32 MiB in float64
+
+
+def rule_of(name: str) -> str | Rule:
+    """What the operation is given for the rule of a shape."""
+    return {"temporal": "all", CHUNKS: causal(CHUNK)}.get(name, name)
 
 
 class Problem(NamedTuple):
@@ -40,7 +45,7 @@ class Problem(NamedTuple):
     @property
     def options(self) -> dict:
         """Arguments of the operation beside q, k and v."""
-        return {"rule": RULES.get(self.rule, self.rule), "lengths": self.lengths, "extra": self.extra or None}
+        return {"rule": rule_of(self.rule), "lengths": self.lengths, "extra": self.extra or None}
 
 
 def make_problem(shape: Clips, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Problem:
@@ -177,7 +182,7 @@ def by_chunks(problem: Problem) -> Tensor:
 
 def frame_truth(problem: Problem, backward: bool) -> tuple[Tensor, ...]:
     """Float64 on concatenated keys, or chunk by chunk, a clip and a head at a time."""
-    q, attend = problem.q, by_chunks if "causal" in problem.rule else concatenated
+    q, attend = problem.q, by_chunks if problem.rule == CHUNKS else concatenated
     wanted = (q, *problem.inputs) if backward else (q,)
     results = [torch.empty_like(x, dtype=torch.float64, requires_grad=False) for x in wanted]
     for b in range(q.shape[0]):

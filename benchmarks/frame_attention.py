@@ -23,8 +23,7 @@ from fastcontrast.testing.shapes import VIDEO, Clips
 from . import _pytest
 from ._harness import OURS, Bar, Floor, Provider, Step, Workload
 from ._video import (
-    CHUNK,
-    RULES,
+    CHUNKS,
     TOLERANCE,
     Problem,
     by_chunks,
@@ -33,8 +32,9 @@ from ._video import (
     joined,
     make_problem,
     provider,
+    rule_of,
     tiny,
-)
+)  # fmt: skip
 
 MIB = 1 << 20
 SIDE = 1024  # of the square product that is the floor
@@ -49,7 +49,7 @@ RIVALS = {
     "self": {APPENDED: (concatenated, 1.1)},
     "swap": {GATHERED: (concatenated, None)},
     "all": {COPY_FREE: (joined, 1.0)},
-    f"causal({CHUNK})": {CHUNKED: (by_chunks, 1.0)},
+    CHUNKS: {CHUNKED: (by_chunks, 1.0)},
 }
 
 
@@ -59,7 +59,7 @@ def ours(problem: Problem) -> Tensor:
 
 def pairs(shape: Clips) -> int:
     """Distinct pairs of a frame and a key frame, of all clips."""
-    return shape.b * int((count_matrix(RULES.get(shape.rule, shape.rule), shape.f) > 0).sum())
+    return shape.b * int((count_matrix(rule_of(shape.rule), shape.f) > 0).sum())
 
 
 def forward_flop(shape: Clips) -> int:

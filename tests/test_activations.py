@@ -37,6 +37,13 @@ def test_large_inputs():
     assert torch.equal(dx, torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
 
 
+def test_infinity_of_half_precision():
+    """Where 1.702 · x has no float16 any more, but x has."""
+    x = torch.tensor([-6e4, -4e4, 4e4, 6e4], dtype=torch.float16, requires_grad=True)
+    (ours,), (theirs,) = (torch.autograd.grad(f(x).sum(dtype=torch.float32), x) for f in (quick_gelu, three_operations))
+    assert torch.equal(ours, theirs) and torch.equal(ours, torch.tensor([0.0, 0.0, 1.0, 1.0], dtype=torch.float16))
+
+
 def test_first_and_second_derivative():
     x = normal(3, 4, dtype=torch.float64)
     assert torch.autograd.gradcheck(quick_gelu, x) and torch.autograd.gradgradcheck(quick_gelu, x)

@@ -15,7 +15,8 @@ from ._dispatch import native
 MIB = 1 << 20
 POOLED_RESULTS = range(4 * MIB, 1024 * MIB + 1)  # bytes of results: more would hurt as idle memory
 POOLED_FROM = MIB  # smaller buffers come back from malloc without a page fault
-MACHINE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8192 * MIB
+# Bytes of the machine's memory; a guess where no system call tells.
+MEMORY = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 8192 * MIB
 _default = {"cpu": 64 * MIB, "cuda": 512 * MIB}
 _chosen: int | None = None
 
@@ -51,7 +52,7 @@ class _Pool:
     """
 
     SPARE = 4  # kept logits of two heads, or of one and a tile; a gradient; an attention's output and its gradients
-    IDLE = MACHINE // 8
+    IDLE = MEMORY // 8  # bytes
 
     def __init__(self) -> None:
         # Re-entrant: garbage collected while it is held may contain a tensor whose buffer then comes back.
