@@ -183,6 +183,7 @@ def message(shape: Tokens, bars: bool = True) -> Workload:
         providers,
         {PASS: Floor({"addcmul": message_pass})},
         (Bar(eager, mine, at_least=3.0),) if bars else (),
+        reps=25,
         tolerance=TOLERANCE,
     )
 

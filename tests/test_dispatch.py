@@ -137,8 +137,9 @@ def test_buffers_in_use_are_never_shared_and_those_given_back_are_used_again():
     del first
     third = _workspace.buffer(MIB)
     assert third.data_ptr() not in (low, high)
+    given_back = low, high, third.data_ptr()
     del part, second, third
-    assert _workspace.buffer(MIB - 5).data_ptr() in (low, high)
+    assert _workspace.buffer(MIB - 5).data_ptr() in given_back
     set_workspace(None)
     assert _workspace._pool._free == []
 
@@ -146,10 +147,24 @@ def test_buffers_in_use_are_never_shared_and_those_given_back_are_used_again():
 def test_what_is_idle_stays_below_its_limit(monkeypatch):
     set_workspace(None)
     monkeypatch.setattr(_workspace._pool, "IDLE", 20 * MIB)
-    sizes = [MIB, 3 * MIB, 2 * MIB, MIB]  # floats
-    buffers = [_workspace.buffer(size) for size in sizes]
-    del buffers
-    assert [block.numel() for block in _workspace._pool._free] == [3 * MIB, 2 * MIB]
+
+    def give_back(*sizes: int) -> list[int]:  # MiB
+        buffers = [_workspace.buffer(size * MIB // 4) for size in sizes]
+        while buffers:
+            del buffers[0]
+        return [block.nbytes // MIB for block in _workspace._pool._free]
+
+    assert give_back(4, 12, 8) == [8, 12]  # last ones first
+    assert give_back(24) == [8, 12]  # alone too large
+    set_workspace(None)
+
+
+def test_buffers_of_a_job_that_is_over_make_room():
+    set_workspace(None)
+    for size in (64, 64, 64, 64, 64, 64, 64, 64, 2):  # MiB
+        held = [_workspace.buffer(size * MIB // 4) for _ in range(4)]
+        held.clear()
+    assert [block.nbytes // MIB for block in _workspace._pool._free] == [2] * 4 + [64] * 4
     set_workspace(None)
 
 

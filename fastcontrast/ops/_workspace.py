@@ -47,17 +47,17 @@ class _Pool:
 
     The first write to fresh memory costs a page fault every 4 KiB, on a virtual machine more than the matrix product
     that a kept logit saves: 256 MiB of them took 0.1 to 0.5 s, where a product of N = 8,192, D = 512 takes 0.4 s.
-    A buffer comes back when the last tensor on it dies. At most `SPARE` stay, the largest ones that are no more than
-    an eighth of the machine's memory together.
+    A buffer comes back when the last tensor on it dies. At most `SPARE` stay, the last ones that are no more than an
+    eighth of the machine's memory together: of the largest ones, those of a job that is over would never leave.
     """
 
-    SPARE = 4  # kept logits of two heads, or of one and a tile; a gradient; an attention's output and its gradients
+    SPARE = 8  # kept logits of two heads, or of one and a tile; gradients; an attention's output and its gradients
     IDLE = MEMORY // 8  # bytes
 
     def __init__(self) -> None:
         # Re-entrant: garbage collected while it is held may contain a tensor whose buffer then comes back.
         self._lock = threading.RLock()
-        self._free: list[Tensor] = []
+        self._free: list[Tensor] = []  # last ones first
 
     def take(self, numel: int) -> Tensor:
         """A flat float32 buffer with undefined contents."""
@@ -77,9 +77,11 @@ class _Pool:
 
     def _give_back(self, block: Tensor) -> None:
         with self._lock:
-            largest = sorted([*self._free, block], key=Tensor.numel, reverse=True)[: self.SPARE]
-            idle = itertools.accumulate(block.nbytes for block in largest)
-            self._free = [block for block, bytes in zip(largest, idle, strict=True) if bytes <= self.IDLE]
+            if block.nbytes > self.IDLE:
+                return
+            last = [block, *self._free][: self.SPARE]
+            idle = itertools.accumulate(block.nbytes for block in last)
+            self._free = [block for block, bytes in zip(last, idle, strict=True) if bytes <= self.IDLE]
 
     def clear(self) -> None:
         with self._lock:
