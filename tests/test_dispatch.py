@@ -15,6 +15,7 @@ MIB = 1 << 20
 def toy(monkeypatch):
     """An operation `toy` of which "fast" runs on float32 only and "broken" nowhere."""
     monkeypatch.setattr(_dispatch, "_registry", dict(_dispatch._registry))
+    monkeypatch.setattr(_dispatch, "_settled", {})
 
     def fast(device, dtype):
         return None if dtype == torch.float32 else f"it takes float32, got {dtype}"
@@ -32,6 +33,12 @@ def choose(*request) -> str:
 def test_the_first_that_can_run_is_chosen(toy):
     assert choose("toy", None, CPU, torch.float32) == "fast"
     assert choose("toy", None, CPU, torch.float64) == "reference"
+
+
+def test_what_is_registered_anew_is_asked_anew(toy):
+    assert choose("toy", None, CPU, torch.float32) == choose("toy", None, CPU, torch.float32) == "fast"
+    _dispatch.register("toy", {"broken": lambda device, dtype: "it never could"})
+    assert choose("toy", None, CPU, torch.float32) == "reference"
 
 
 def test_reasons_are_told(toy):
@@ -102,6 +109,7 @@ def test_the_cpu_kernel_refuses_what_it_cannot_do():
 
 def test_without_the_native_core_the_reference_runs_and_says_so(monkeypatch):
     monkeypatch.setattr(_dispatch, "native_missing", "the C++ core is not built")
+    monkeypatch.setattr(_dispatch, "_settled", {})
     q = torch.nn.functional.normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     with trace() as ran:
         r = similarity_lse(q, q, 3.0)

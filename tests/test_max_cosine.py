@@ -48,7 +48,7 @@ def test_golden_values():
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("d", [1, 15, 16, 40, 100, 768])
+@pytest.mark.parametrize("d", [1, 15, 16, 40, 100, 768, 1039, 2064])  # longer than a slice of the core, too
 @pytest.mark.parametrize(("b", "k", "t"), [(1, 1, 1), (1, 5, 130), (2, 8, 7), (3, 4, 33), (2, 17, 9), (5, 3, 2)])
 def test_it_equals_the_reference(b, k, t, d, dtype):
     candidates, context, valid = batch(b, k, t, d, dtype)

@@ -8,8 +8,9 @@
 namespace fastcontrast {
 namespace {
 
-constexpr int kGroup = 8;      // candidates whose sums stay in registers, for two rows of context at a time
-constexpr int64_t kPanel = 8;  // rows of context that the next group of candidates finds in the cache
+constexpr int kGroup = 8;         // candidates whose sums stay in registers, for two rows of context at a time
+constexpr int64_t kPanel = 8;     // rows of context that the next group, or slice, of candidates finds in the cache
+constexpr int64_t kSlice = 1024;  // entries of a row at a time: a group of candidates stays in the first cache
 constexpr float kSmallest = 1e-12f;
 
 struct Best {
@@ -43,17 +44,22 @@ FC_INLINE void unit_rows(const T* rows, int64_t stride, int64_t count, int64_t d
     }
 }
 
-// Two rows of context, of which the second may be the first again, against K unit vectors. Written as one function with
-// its sums in arrays of its own: so the compiler keeps them in registers, and in memory if they are handed on.
+// Of a row of context: its square, and its products with K candidates.
+template <int K>
+struct Sums {
+    float square, products[K];
+};
+
+// Adds entries [begin, end), whole vectors, of two rows. Written as one function with its sums in arrays of its own: so
+// the compiler keeps them in registers, and in memory if they are handed on.
 template <int K, typename T>
-FC_INLINE void fold_rows(const T* __restrict x, const T* __restrict y, const float* __restrict unit, int64_t width,
-                         int64_t d, int64_t ahead, int64_t position, Best* best) {
+FC_INLINE void add_slice(const T* __restrict x, const T* __restrict y, const T* next_x, const T* next_y,
+                         const float* __restrict unit, int64_t width, int64_t begin, int64_t end, Sums<K>* sums) {
     float xu[K][kWide] = {}, yu[K][kWide] = {}, xx[kWide] = {}, yy[kWide] = {};
-    const int64_t whole = d / kWide * kWide;
-    for (int64_t j = 0; j < whole; j += kWide) {
+    for (int64_t j = begin; j < end; j += kWide) {
         // The next two rows: without, a context that comes from memory takes 1.7 times as long as reading it.
-        __builtin_prefetch(x + ahead + j);
-        __builtin_prefetch(y + ahead + j);
+        __builtin_prefetch(next_x + j);
+        __builtin_prefetch(next_y + j);
 #pragma omp simd
         for (int l = 0; l < kWide; ++l) xx[l] += widen(x[j + l]) * widen(x[j + l]);
 #pragma omp simd
@@ -67,16 +73,8 @@ FC_INLINE void fold_rows(const T* __restrict x, const T* __restrict y, const flo
 #pragma omp simd
             for (int l = 0; l < kWide; ++l) yu[k][l] += widen(y[j + l]) * unit[k * width + j + l];
     }
-    float xs = sum_lanes(xx), ys = sum_lanes(yy);
-    for (int64_t j = whole; j < d; ++j) xs += widen(x[j]) * widen(x[j]), ys += widen(y[j]) * widen(y[j]);
-    const float x_factor = inverse_norm(xs), y_factor = inverse_norm(ys);
-    for (int k = 0; k < K; ++k) {
-        float xp = sum_lanes(xu[k]), yp = sum_lanes(yu[k]);
-        for (int64_t j = whole; j < d; ++j)
-            xp += widen(x[j]) * unit[k * width + j], yp += widen(y[j]) * unit[k * width + j];
-        best[k].offer(xp * x_factor, position);
-        if (x != y) best[k].offer(yp * y_factor, position + 1);
-    }
+    sums[0].square += sum_lanes(xx), sums[1].square += sum_lanes(yy);
+    for (int k = 0; k < K; ++k) sums[0].products[k] += sum_lanes(xu[k]), sums[1].products[k] += sum_lanes(yu[k]);
 }
 
 // One row of a batch: its context, and what is sought there.
@@ -89,29 +87,46 @@ struct Search {
     const bool* valid;  // [T], or null
 };
 
+// Rows of context at `positions`, an even number, of which the last two may be one, against K candidates.
 template <int K, typename T>
-FC_INLINE void fold_panel(const Search<T>& s, int64_t first, int64_t begin, int64_t end, Best* best) {
-    for (int64_t t = begin; t < end;) {
-        if (s.valid && !s.valid[t]) {
-            ++t;
-            continue;
+FC_INLINE void fold_panel(const Search<T>& s, int64_t first, const int64_t* positions, int count, Best* best) {
+    Sums<K> sums[kPanel] = {};
+    const float* unit = s.unit + first * s.width;
+    const int64_t whole = s.d / kWide * kWide;
+    const T* rows[kPanel + 2];
+    for (int i = 0; i < count; ++i) rows[i] = s.context + positions[i] * s.stride;
+    for (int64_t begin = 0, end; begin < whole; begin = end) {
+        end = std::min(begin + kSlice, whole);
+        // Behind the last two rows comes the next slice of the first two, or what follows the panel.
+        for (int i = 0; i < 2; ++i)
+            rows[count + i] = end < whole ? rows[i] + kSlice : rows[count - 2 + i] + 2 * s.stride - begin;
+        for (int i = 0; i < count; i += 2)
+            add_slice<K>(rows[i], rows[i + 1], rows[i + 2], rows[i + 3], unit, s.width, begin, end, sums + i);
+    }
+    for (int i = 0; i < count; ++i) {
+        Sums<K>& own = sums[i];
+        for (int64_t j = whole; j < s.d; ++j) {
+            own.square += widen(rows[i][j]) * widen(rows[i][j]);
+            for (int k = 0; k < K; ++k) own.products[k] += widen(rows[i][j]) * unit[k * s.width + j];
         }
-        const T* row = s.context + t * s.stride;
-        const bool two = t + 1 < end && (!s.valid || s.valid[t + 1]);
-        fold_rows<K>(row, two ? row + s.stride : row, s.unit + first * s.width, s.width, s.d, 2 * s.stride, t,
-                     best + first);
-        t += two ? 2 : 1;
+        const float factor = inverse_norm(own.square);
+        for (int k = 0; k < K; ++k) best[first + k].offer(own.products[k] * factor, positions[i]);
     }
 }
 
 template <typename T>
 FC_INLINE void fold_share(const Search<T>& s, int64_t begin, int64_t end, Best* best) {
-    const int64_t panel = s.k <= kGroup ? end - begin : kPanel;
-    for (int64_t t = begin; t < end; t += panel) {
-        const int64_t stop = std::min(t + panel, end);
+    int64_t positions[kPanel];
+    for (int64_t t = begin; t < end;) {
+        int count = 0;
+        for (; t < end && count < kPanel; ++t)
+            if (!s.valid || s.valid[t]) positions[count++] = t;
+        if (!count) break;
+        // Of two equal rows the second changes nothing: of equals the first stays.
+        if (count % 2) positions[count] = positions[count - 1], ++count;
         for (int64_t first = 0; first < s.k; first += kGroup)
-            with_count<kGroup>(s.k - first, [&](auto count) FC_INLINE_LAMBDA {
-                fold_panel<decltype(count)::value>(s, first, t, stop, best);
+            with_count<kGroup>(s.k - first, [&](auto group) FC_INLINE_LAMBDA {
+                fold_panel<decltype(group)::value>(s, first, positions, count, best);
             });
     }
 }

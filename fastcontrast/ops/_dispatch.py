@@ -30,6 +30,7 @@ _registry: dict[str, dict[str, Refusal]] = {}
 _through: dict[str, str] = {}
 _partial: dict[tuple[str, str], str] = {}
 _traces: list[list[Choice]] = []
+_settled: dict[tuple[str, torch.device, torch.dtype], Choice] = {}  # what to run unasked: no process changes its mind
 
 
 class Choice(NamedTuple):
@@ -46,6 +47,7 @@ def register(op: str, implementations: dict[str, Refusal], partial: dict[str, st
     `partial` says of those that serve some problems only, by `also` of `select`, which these are.
     """
     _registry[op] = {**implementations, "reference": lambda device, dtype: None}
+    _settled.clear()
     _partial.update({(op, name): problems for name, problems in (partial or {}).items()})
 
 
@@ -85,6 +87,9 @@ def select(
 
     `also` gives the reason, if any, why an implementation of that name cannot serve this very problem.
     """
+    unasked = implementation is None and also is None and not torch.compiler.is_compiling()
+    if unasked and (choice := _settled.get((op, device, dtype))) is not None:
+        return choice
     table = _registry[op]
 
     def reason(name: str) -> str | None:
@@ -103,7 +108,10 @@ def select(
         if (why := reason(name)) is None:
             break
         refused[name] = why
-    return Choice(op, name, refused)
+    choice = Choice(op, name, refused)
+    if unasked:
+        _settled[op, device, dtype] = choice
+    return choice
 
 
 def note(choice: Choice) -> str:
