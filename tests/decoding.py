@@ -17,6 +17,11 @@ T5 = {
     "vocab_size": VOCABULARY, "d_model": 48, "d_kv": 12, "d_ff": 96, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": 2,
 }  # fmt: skip
+BART = {
+    "vocab_size": VOCABULARY, "d_model": 48, "encoder_layers": 3, "decoder_layers": 2, "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96, "max_position_embeddings": 64,
+    "decoder_start_token_id": 0, "forced_eos_token_id": None, **IDS,
+}  # fmt: skip
 GEMMA = {**LLAMA, "head_dim": 16, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
 # Weights so large that scores are no near ties.
 MODELS = {
@@ -27,8 +32,10 @@ MODELS = {
     "gemma2": ("Gemma2", "ForCausalLM", {**GEMMA, "sliding_window": 8}, 0.2),
     "mistral": ("Mistral", "ForCausalLM", {**LLAMA, "sliding_window": 6}, 0.35),
     "t5": ("T5", "ForConditionalGeneration", T5, 0.2),
+    "bart": ("Bart", "ForConditionalGeneration", BART, 0.2),
 }
-DECODERS = [name for name in MODELS if name != "t5"]
+SEQ2SEQ = ("t5", "bart")
+DECODERS = [name for name in MODELS if name not in SEQ2SEQ]
 
 
 def make(name: str, **changes):

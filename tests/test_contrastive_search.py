@@ -9,7 +9,7 @@ from pathlib import Path
 import decoding
 import pytest
 import torch
-from decoding import DECODERS, OPTIONS, dense_search, make, prompts
+from decoding import DECODERS, OPTIONS, SEQ2SEQ, dense_search, make, prompts
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -61,9 +61,10 @@ def test_eager_attention_takes_the_mask_too(name):
     assert torch.equal(search(model, ids, mask, lookahead="tree", max_new_tokens=8), want)
 
 
+@pytest.mark.parametrize("name", SEQ2SEQ)
 @pytest.mark.parametrize("rows", [1, 3])
-def test_an_encoder_decoder(rows):
-    model = make("t5")
+def test_an_encoder_decoder(name, rows):
+    model = make(name)
     ids, _ = prompts(rows, padding=())
     want = dense_search(model, torch.zeros(rows, 1, dtype=torch.long), encoder_ids=ids)
     for lookahead in ("repeat", "sequential", None):
@@ -199,6 +200,14 @@ def test_one_cache_holds_the_prefix_and_k_slots(llama, monkeypatch):
     (block,) = out.past_key_values.blocks
     assert block.shape == (2, 2, 3, 2, 30 + 5, 12)  # layers, keys and values, B, H, T + k, D
     assert block.nbytes <= (1 + 2 * 5 / 30) * (2 * 2 * 3 * 2 * 30 * 12 * 4)
+
+
+@pytest.mark.parametrize(("name", "changes"), [("bart", {}), ("t5", {"num_layers": 1, "num_decoder_layers": 3})])
+def test_the_cache_of_an_encoder_decoder_has_the_decoders_layers(name, changes):
+    ids, _ = prompts(2, padding=())
+    out = search(make(name, **changes), ids, max_new_tokens=4, return_dict_in_generate=True)
+    (block,) = out.past_key_values.self_attention_cache.blocks
+    assert block.shape[0] == changes.get("num_decoder_layers", 2)
 
 
 def test_a_cache_grows_when_a_text_outgrows_it():

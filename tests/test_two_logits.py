@@ -3,7 +3,7 @@
 import decoding
 import pytest
 import torch
-from decoding import OPTIONS, dense_mix, make, prompts, states
+from decoding import OPTIONS, SEQ2SEQ, dense_mix, make, prompts, states
 from transformers import MambaConfig, MambaForCausalLM
 
 import fastcontrast
@@ -100,9 +100,10 @@ def test_divergences_are_those_of_the_logits(llama):
         run(llama, ids, mask, "cad", unconditional_ids=other, return_divergence=True)
 
 
+@pytest.mark.parametrize("name", SEQ2SEQ)
 @pytest.mark.parametrize("method", ["adacad", "cad"])
-def test_an_encoder_decoder_has_its_contexts_in_the_encoder(method):
-    model = make("t5")
+def test_an_encoder_decoder_has_its_contexts_in_the_encoder(name, method):
+    model = make(name)
     ids, _ = prompts(2, padding=())
     other, other_mask = prompts(2, 6, padding=(2, 0), seed=1)
     other, other_mask = other.flip(1), other_mask.flip(1)  # an encoder's padding is on the right
@@ -161,6 +162,23 @@ def test_dola():
         run(model, ids, mask, "dola", layers=[4])
     with pytest.raises(ValueError, match="layers must be 'low', 'high' or a list"):
         run(model, ids, mask, "dola", layers="middle")
+
+
+@pytest.mark.parametrize("name", SEQ2SEQ)
+def test_dola_of_an_encoder_decoder(name):
+    """Its layers are the decoder's, however many the encoder has."""
+    model = make(name)
+    ids, _ = prompts(2, padding=())
+    assert candidate_layers("dola", model, "high") == [1]
+    want = torch.zeros(2, 1, dtype=torch.long)
+    for _ in range(6):
+        with torch.no_grad():
+            out = model(input_ids=ids, decoder_input_ids=want, output_hidden_states=True, use_cache=False)
+            early = model.get_output_embeddings()(out.decoder_hidden_states[1][:, -1])
+        mixed = against_amateur(out.logits[:, -1].double(), early.double(), weight=1.0)
+        want = torch.cat([want, mixed.argmax(1, keepdim=True)], 1)
+    got = fastcontrast.generate(model, ids, method="dola", layers="high", **{**OPTIONS, "max_new_tokens": 6})
+    assert torch.equal(got, want)
 
 
 def test_the_layers_of_large_and_tied_models():

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
 
+from ._loop import decoder_layers
+
 Place = tuple[int, int]  # which block, and which of its [n, 2] parts
 
 
@@ -96,8 +98,7 @@ def select_rows(past: Any, rows: Tensor) -> None:
 
 def empty_cache(model: Any, capacity: int) -> tuple[Any, PrefixCache]:
     """What the model is given, and the part of it that holds the text: of an encoder-decoder the one of a pair."""
-    text = model.config.get_text_config(decoder=True)
-    cache = PrefixCache(getattr(text, "decoder_layers", None) or text.num_hidden_layers, capacity)
+    cache = PrefixCache(decoder_layers(model.config), capacity)
     return (EncoderDecoderCache(cache, DynamicCache()) if model.config.is_encoder_decoder else cache), cache
 
 

@@ -222,3 +222,10 @@ def positions(valid: Tensor | None, rows: int, length: int, device: torch.device
 def accepts(model: Any, name: str) -> bool:
     """Whether the model's forward pass has such an argument."""
     return name in inspect.signature(model.forward).parameters
+
+
+def decoder_layers(config: Any) -> int:
+    """How many layers write the text; an encoder-decoder's `num_hidden_layers` may be those of its encoder."""
+    text = config.get_text_config(decoder=True)
+    told = (getattr(c, name, None) for c in (config, text) for name in ("decoder_layers", "num_decoder_layers"))
+    return next(filter(None, told), None) or text.num_hidden_layers

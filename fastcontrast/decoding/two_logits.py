@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..ops import two_logit_mix
 from ..ops.two_logit_mix import Mix
-from ._loop import CONTROL, Loop, accepts, check_config, check_prompt, positions
+from ._loop import CONTROL, Loop, accepts, check_config, check_prompt, decoder_layers, positions
 
 # ------------------------------------------------------------------------------------------------------ what is read
 
@@ -220,7 +220,7 @@ class TwoLayers:
 def candidate_layers(op: str, model: Any, layers: str | Sequence[int]) -> list[int]:
     """Indices into the hidden states (0: the embeddings) of the layers that DoLa may contrast with."""
     config = model.config.get_text_config(decoder=True)
-    n = getattr(config, "decoder_layers", None) or config.num_hidden_layers
+    n = decoder_layers(model.config)
     if isinstance(layers, str):
         first = 0 if not config.tie_word_embeddings else min(2, n - 1)
         ranges = {
