@@ -89,7 +89,7 @@ def workload(k: int, t: int, d: int, bars: bool = True) -> Workload:
     shape = Shape(f"context_{t}", k, t, d)
     name = f"T = {t:,}, d = {d}, k = {k}"
     return Workload(name, shape, Shape("tiny", 2, 8, 16), make_problem, exact, providers, {"one read": read},
-                    claims if bars else (), reps=21)  # fmt: skip
+                    claims if bars else (), reps=101)  # fmt: skip
 
 
 def workloads(quick: bool) -> list[Workload]:
