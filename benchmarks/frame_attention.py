@@ -34,7 +34,7 @@ from ._video import (
     provider,
     rule_of,
     tiny,
-)  # fmt: skip
+)
 
 MIB = 1 << 20
 SIDE = 1024  # of the square product that is the floor

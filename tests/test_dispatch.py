@@ -70,6 +70,14 @@ def test_trace_tells_what_ran_and_why_not_the_others(toy):
     assert outer[2].refused == {"broken": "it never could"}
 
 
+def test_what_a_trace_says_is_its_readers(toy):
+    for _ in range(2):
+        with trace() as ran:
+            choose("toy", None, CPU, torch.float32)
+        assert ran[0].refused == {"broken": "it never could"}
+        ran[0].refused.clear()
+
+
 def test_a_trace_ends_also_when_its_body_raises(toy):
     with pytest.raises(RuntimeError, match="on purpose"), trace() as ran:
         raise RuntimeError("on purpose")

@@ -118,7 +118,7 @@ def note(choice: Choice) -> str:
     """Records for `trace` that `choice` runs, and returns its implementation's name."""
     if _traces and not torch.compiler.is_compiling():
         for trace in _traces:
-            trace.append(choice)
+            trace.append(choice._replace(refused=dict(choice.refused)))  # whoever reads it may change it
     return choice.implementation
 
 
