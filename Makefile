@@ -14,7 +14,7 @@ demo: $(VENV)/installed            ## train a CLIP on real data, in minutes
 	$(BIN)/fastcontrast demo $(ARGS)
 
 # Threads of one process that wait for work by spinning would slow down the others'.
-test: $(VENV)/installed build/triton-3.6 build/transformers-4.57   ## all tests
+test: $(VENV)/installed $(VENV)/integrations build/triton-3.6 build/transformers-4.57   ## all tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(ARGS)
 
 dev: $(VENV)/installed             ## tools for working on the code
@@ -26,7 +26,7 @@ lint: $(VENV)/lint                 ## ruff and clang-format
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-bench: $(VENV)/rivals              ## floors and rivals, table, plot and JSON
+bench: $(VENV)/integrations        ## floors and rivals, table, plot and JSON
 	$(BIN)/fastcontrast bench $(ARGS)
 
 sanitize: $(VENV)/installed        ## the C++ core under ASan and UBSan
@@ -74,8 +74,9 @@ build/transformers-4.57: | $(VENV)/installed
 build/transformers-4.55: | $(VENV)/installed
 	$(TRANSFORMERS) transformers==4.55.4 tokenizers==0.21.4 huggingface-hub==0.36.2
 
-$(VENV)/rivals: $(VENV)/installed
-	$(BIN)/pip install -q -e ".[bench,rivals]"
+# The libraries that the integrations drop into, which are also the rivals of the benchmarks.
+$(VENV)/integrations: $(VENV)/installed
+	$(BIN)/pip install -q -e ".[bench,integrations]"
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed

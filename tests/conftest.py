@@ -4,8 +4,12 @@ import hypothesis
 import pytest
 import torch
 
+from fastcontrast._torchvision import declare_torchvision_operators
+
 hypothesis.settings.register_profile("fastcontrast", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fastcontrast")
+
+declare_torchvision_operators()
 
 
 @pytest.fixture
