@@ -6,6 +6,7 @@ from .grad_cache import GradCache
 from .losses import (
     ClipLoss,
     DistillLoss,
+    DistributedLoss,
     InfoNCELoss,
     MultiPositiveLoss,
     NTXentLoss,
@@ -29,6 +30,7 @@ __all__ = [
     "ClipLoss",
     "CrossFrameAttention",
     "DistillLoss",
+    "DistributedLoss",
     "GradCache",
     "InfoNCELoss",
     "MultiPositiveLoss",

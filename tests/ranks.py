@@ -1,4 +1,4 @@
-"""Processes that form a gloo group: `run(world, fn, *args)` calls `fn(*args)` on every rank, and returns what each gave.
+"""Processes that form a gloo group: `run(world, fn, *args)` calls `fn(*args)` on every rank, and returns all results.
 
 A server process imports torch and fastcontrast once, before any thread runs in it; ranks are forked from there, in some
 20 ms instead of some seconds. `fn` must be a function at the top of a module.
@@ -28,7 +28,7 @@ class RankError(AssertionError):
 @cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "torch.distributed", "fastcontrast", "fastcontrast.distributed"])
+    context.set_forkserver_preload(["torch.nn.parallel", "torch.optim", "torch._dynamo", "fastcontrast"])
     return context
 
 
@@ -44,16 +44,18 @@ def _rank(rank: int, world: int, folder: str, collective_timeout: float, pipe: A
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world,
             timeout=timedelta(seconds=collective_timeout),
         )  # fmt: skip
-        result = fn(*args)
-        dist.destroy_process_group()
-        pipe.send_bytes(pickle.dumps((True, result)))
+        pipe.send_bytes(pickle.dumps((True, fn(*args))))
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
-        raise
+    finally:
+        os._exit(0)  # a group with a dead rank would not be destroyed in order
 
 
-def run(world: int, fn: Callable, *args: Any, collective_timeout: float = 30.0) -> list[Any]:
-    """`fn(*args)` of every rank, in order. Raises RankError with the traceback of the first rank that failed."""
+def run(
+    world: int, fn: Callable, *args: Any, collective_timeout: float = 30.0, dead: tuple[int, ...] = ()
+) -> list[Any]:
+    """`fn(*args)` of every rank, in order. Raises RankError with the traceback of the first rank that failed; ranks
+    named in `dead` are expected to die without a word, and give None."""
     context = _context()
     with tempfile.TemporaryDirectory() as folder:
         ranks, pipes = [], []
@@ -77,6 +79,10 @@ def run(world: int, fn: Callable, *args: Any, collective_timeout: float = 30.0) 
                     try:
                         fine, results[rank] = pickle.loads(pipe.recv_bytes())
                     except EOFError:
+                        ranks[rank].join(5)
+                        if rank in dead:
+                            results[rank] = None
+                            continue
                         fine, results[rank] = False, f"it died with exit code {ranks[rank].exitcode}"
                     if not fine:
                         raise RankError(f"rank {rank} of {world}: {results[rank]}")

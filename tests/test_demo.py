@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import ranks
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -203,3 +204,62 @@ def test_importing_the_demo_is_cheap():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout == "[]\n"
+
+
+# ------------------------------------------------------------------------------------------------------ several ranks
+
+
+def _trained_on_a_rank(pairs):
+    model = towers.TwoTowers("wordnet")
+    items, names = model.prepare_items(pairs.items), model.prepare_names(pairs.names)
+    torch.manual_seed(0)
+    model = towers.TwoTowers("wordnet")
+    losses, scale = training.train(model, items, names, pairs, training.RECIPES["wordnet"], batch=21, steps=3, seed=0)
+    return losses, scale, [p.detach() for p in model.parameters()]
+
+
+def test_ranks_train_what_one_process_trains(texts, one_thread):
+    """21 rows on 2 ranks: 11 and 10."""
+    expected = _trained_on_a_rank(texts)
+    for losses, scale, weights in ranks.run(2, _trained_on_a_rank, texts):
+        assert losses == pytest.approx(expected[0], rel=1e-5)
+        assert scale == pytest.approx(expected[1], rel=1e-4)
+        torch.testing.assert_close(weights, expected[2], rtol=1e-3, atol=1e-4)
+
+
+def test_nproc_starts_torchrun(monkeypatch):
+    ran = []
+    monkeypatch.setattr(
+        subprocess, "run", lambda command, env: ran.append((command, env)) or argparse.Namespace(returncode=7)
+    )
+    parser = argparse.ArgumentParser()
+    command.configure(parser)
+    assert command.main(parser.parse_args(["--nproc", "2", "--batch", "64", "--data", "docstrings"])) == 7
+    [(line, environment)] = ran
+    assert line[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert line[line.index("fastcontrast.cli") + 1] == "demo"
+    again = parser.parse_args(line[line.index("demo") + 1 :])
+    assert again == parser.parse_args(["--batch", "64", "--data", "docstrings"]), "the ranks start no further ranks"
+    assert environment["OMP_NUM_THREADS"]
+
+
+RANK = """
+import sys
+from fastcontrast import data
+from fastcontrast.demo import command, ranks
+codes, words = [f"code {i} of sixty" for i in range(60)], [f"word{i}" for i in range(60)]
+pairs = data._pairs("docstrings", codes, words, 20, seed=0)
+with ranks.joined():
+    command.run("docstrings", batch=16, steps=1, output=sys.argv[1], pairs=pairs)
+"""
+
+
+def test_under_torchrun_the_first_rank_reports(tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, tmp_path / "rank.py", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads((tmp_path / "docstrings.json").read_text())
+    assert results["processes"] == 2
+    assert len(results["losses"]) == 1
+    assert done.stdout.count("recall on unseen names") == 1

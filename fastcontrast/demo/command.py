@@ -9,6 +9,7 @@ Then:
 stored;
 3. weights, a picture, results as JSON, and five lines of Python that load the weights and ask them something.
 
+`--nproc 2` trains on two processes of this machine: each encodes half of every batch, the loss is that of the whole.
 `--data wordnet | docstrings` trains a hashed bag of words on text pairs instead, with the same measurements.
 """
 
@@ -26,10 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from fastcontrast import data
+from fastcontrast.distributed import world_size
 from fastcontrast.towers import TwoTowers, encode
 
+from . import ranks
 from .loss_stage import compare_loss, peak_memory
 from .picture import draw
 from .recall import chance, evaluate
@@ -42,6 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4096, help="pairs a step (default: 4096)")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: " + _defaults("steps") + ")")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--nproc", type=int, default=1, help="processes that share a batch, by torchrun (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--output", metavar="DIR", default="demo-output", help="folder for weights, picture and results"
@@ -50,8 +55,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the demo as the command line asks. Returns the exit status."""
+    if args.nproc < 1:
+        print(f"fastcontrast demo: --nproc must be at least 1, got {args.nproc}", file=sys.stderr)
+        return 2
+    if args.nproc > 1:
+        return ranks.launch(args)
     try:
-        run(args.data, batch=args.batch, steps=args.steps, device=args.device, seed=args.seed, output=args.output)
+        with ranks.joined():
+            run(args.data, batch=args.batch, steps=args.steps, device=args.device, seed=args.seed, output=args.output)
     except data.MissingDataError as error:
         print(f"fastcontrast demo: {error}", file=sys.stderr)
         return 1
@@ -71,6 +82,7 @@ def run(
     """The whole demo. Writes into `output`, prints a report, returns the results that it also writes as JSON.
 
     `pairs` replaces the loader's, e.g. by a smaller set. Raises MissingDataError if a data package is not installed.
+    On several ranks the first one measures, prints and writes; the others help it train, and return nothing.
     """
     began, began_cpu = time.perf_counter(), time.process_time()
     recipe = RECIPES[source]
@@ -78,16 +90,22 @@ def run(
     if batch < 2 or steps < 1:
         raise ValueError(f"demo: batch must be at least 2 and steps at least 1, got {batch} and {steps}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
+    helps = dist.is_initialized() and dist.get_rank() > 0
 
-    pairs = data.LOADERS[source](seed=seed) if pairs is None else pairs
-    model = TwoTowers(source)
-    items, names = model.prepare_items(pairs.items), model.prepare_names(pairs.names, cache=True, progress=True)
+    with ranks.first_rank_first():
+        pairs = data.LOADERS[source](seed=seed) if pairs is None else pairs
+        model = TwoTowers(source)
+        items = model.prepare_items(pairs.items)
+        names = model.prepare_names(pairs.names, cache=True, progress=True)
     model.fit_names(names[~pairs.unseen])
     model.to(device)
+    if helps:
+        train(model, items, names, pairs, recipe, batch=batch, steps=steps, seed=seed)
+        return {}
     prepared = time.perf_counter()
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     unseen = int(pairs.unseen.sum())
     print(f"{source}: {len(pairs.train):,} items to train on; {unseen:,} unseen names with {len(pairs.test):,} items")
 
@@ -112,6 +130,7 @@ def run(
         "data": source, "items": len(pairs), "names": len(pairs.names), "train_items": len(pairs.train),
         "unseen_names": unseen, "unseen_items": len(pairs.test),
         "batch": batch, "steps": steps, "seed": seed, "device": device, "threads": torch.get_num_threads(),
+        "processes": world_size(),
         "recipe": json.loads(json.dumps(asdict(recipe))),  # tuples as the lists that a reader of the file gets
         "recall_before": before, "recall_after": after, "recall_chance": chance(pairs),
         "losses": losses, "scale": scale, "loss_stage": stage,

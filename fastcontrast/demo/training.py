@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcontrast.data import Pairs
+from fastcontrast.distributed import world_size
 from fastcontrast.grad_cache import GradCache
-from fastcontrast.losses import ClipLoss
+from fastcontrast.losses import ClipLoss, DistributedLoss
 from fastcontrast.towers import TwoTowers
 
 
@@ -65,31 +67,43 @@ def train(
     steps: int,
     seed: int,
 ) -> tuple[list[float], float]:
-    """`steps` steps of `batch` pairs, in place. Returns the loss of every step, and the learned scale."""
+    """`steps` steps of `batch` pairs, in place. Returns the loss of every step, and the learned scale.
+
+    On several ranks each encodes its share of a batch, and all of them end with the weights of one process that
+    encodes all, to rounding: no tower mixes rows, and what is random is drawn for the whole batch.
+    """
     from tqdm import tqdm
 
     device = next(model.parameters()).device
-    loss_fn = ClipLoss(recipe.scale, learnable=True).to(device)
-    step = GradCache([model.item_tower, model.name_tower], recipe.chunk, loss_fn)
+    loss_fn = DistributedLoss(ClipLoss(recipe.scale, learnable=True)).to(device)
+    towers: list[nn.Module] = [model.item_tower, model.name_tower]
+    world, rank = world_size(), 0
+    if world > 1:
+        rank = dist.get_rank()
+        towers = [nn.parallel.DistributedDataParallel(tower) for tower in towers]
+    step = GradCache(towers, recipe.chunk, loss_fn)
     optimizers = make_optimizers([*model.parameters(), *loss_fn.parameters()], recipe)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda i: warm_up_then_cosine(i, steps)) for o in optimizers]
     noise = torch.Generator().manual_seed(seed)
     losses: list[float] = []
     model.train()
     with tqdm(
-        zip(range(steps), batches(pairs, batch, seed), strict=False), total=steps, desc="training", unit="step"
+        zip(range(steps), batches(pairs, batch, seed), strict=False),
+        total=steps,
+        desc="training",
+        unit="step",
     ) as bar:
         for _, rows in bar:
-            ids = pairs.ids[rows]
-            seen = shifted(items[rows], recipe.shift, noise)
-            loss = step(seen.to(device), names[ids].to(device), ids=ids.to(device))
+            seen = shifted(items[rows], recipe.shift, noise).tensor_split(world)[rank]
+            ids = pairs.ids[rows].tensor_split(world)[rank]
+            loss = step(seen.to(device), names[ids].to(device), ids=ids.to(device), no_sync_except_last=True)
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
             losses.append(loss.item())
             bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return losses, min(loss_fn.log_scale.exp().item(), loss_fn.max_scale)
+    return losses, min(loss_fn.loss.scale.item(), loss_fn.loss.max_scale)
 
 
 def make_optimizers(parameters: list[Tensor], recipe: Recipe) -> list[torch.optim.Optimizer]:

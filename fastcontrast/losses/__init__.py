@@ -2,6 +2,7 @@
 
 from .clip import ClipLoss, clip_loss
 from .distill import DistillLoss, distill_loss
+from .distributed import DistributedLoss
 from .info_nce import InfoNCELoss, info_nce
 from .multi_positive import MultiPositiveLoss, SupConLoss, multi_positive_loss, supcon_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
@@ -11,6 +12,7 @@ from .token_contrast import TokenContrastLoss, token_contrast_margin
 __all__ = [
     "ClipLoss",
     "DistillLoss",
+    "DistributedLoss",
     "InfoNCELoss",
     "MultiPositiveLoss",
     "NTXentLoss",

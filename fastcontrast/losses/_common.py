@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from fastcontrast.distributed import _exchange as exchange
+from fastcontrast.distributed import _sums as sums
 from fastcontrast.ops import _check as check
 from fastcontrast.ops._precision import float32, for_products
 
@@ -50,23 +52,21 @@ def pick(x: Tensor, index: Tensor | None, count: int) -> Tensor:
 
 
 def reduce(
-    op: str, losses: Tensor, weights: Tensor | None, reduction: str, count: Tensor | int | None = None
+    op: str, losses: Tensor, weights: Tensor | None, reduction: str, count: Tensor | int | None = None, *, like: Tensor
 ) -> Tensor:
-    """`none`: per row; `sum`; `mean`: over `count` rows (default all), 0 where there is none."""
+    """`none`: per row; `sum`; `mean`: over `count` rows (default all), 0 where there is none; inside `exchange` of all
+    ranks' rows. In float32, float64 for features `like` that: statistics of several ranks come in float64."""
     if weights is not None:
         check.vector(op, "weights", weights, losses.shape[0], losses, floating=True)
         losses = losses * weights
     check.one_of(op, "reduction", reduction, ("mean", "sum", "none"))
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
     if reduction == "none":
-        return losses
-    if reduction == "mean" and count is None and losses.shape[0]:
+        return losses.to(dtype)
+    if reduction == "mean" and count is None and losses.shape[0] and exchange.active() is None:
         return losses.mean()
-    total = losses.sum()
-    if reduction == "sum":
-        return total
-    if isinstance(count, Tensor):
-        return total / count.clamp(min=1)
-    return total / max(count or 0, 1)
+    total, rows = losses.sum(), losses.shape[0] if count is None else count
+    return (sums.whole_sum(total) if reduction == "sum" else sums.share(total, rows)).to(dtype)
 
 
 class ScaledLoss(nn.Module):
@@ -112,7 +112,7 @@ class ScaledLoss(nn.Module):
         if isinstance(self.log_scale, nn.Parameter):
             with torch.no_grad():  # a clamp inside the graph would leave a scale beyond the limit without gradient
                 self.log_scale.clamp_(max=math.log(self.max_scale))
-        return type(self).function(*inputs, self.scale, **{**self.settings, **settings})
+        return type(self).function(*inputs, sums.own_parameter(self.scale), **{**self.settings, **settings})
 
     def extra_repr(self) -> str:
         learnable = isinstance(self.log_scale, nn.Parameter)

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastcontrast.distributed._exchange import active
+from fastcontrast.distributed._lse import similarity_lse
+from fastcontrast.distributed._sums import mix_over_ranks, numbers
 from fastcontrast.ops import _check as check
 from fastcontrast.ops._divergence import Problem
 from fastcontrast.ops._precision import float32, without_autocast
 from fastcontrast.ops._workspace import workspace_bytes
 from fastcontrast.ops.linear_kl import SHARES, divergence
 
-from ._common import ScaledLoss
+from ._common import ScaledLoss, reduce
 
 DIRECTIONS = ("query_to_key", "key_to_query")
 
@@ -77,6 +80,11 @@ def distill_loss(
     if weights.requires_grad:
         raise ValueError(f"{op}: weights must not require a gradient; multiply the rows of reduction='none'")
     weights = weights.to(torch.float64 if queries.dtype == torch.float64 else torch.float32)
+    if active() is not None:
+        problem = queries, keys, teacher_queries, teacher_keys, scale, teacher_scale.detach()
+        shares, run = SHARES[divergence_direction], {"workspace": workspace, "implementation": implementation}
+        rows = _over_ranks(*problem, directions, form, shares, exclude_self, run)
+        return reduce(op, rows, weights, reduction, like=queries)
     each = weights / (len(directions) * (max(m, 1) if reduction == "mean" else 1))
     ids = [torch.arange(x.shape[0], device=device) if exclude_self else None for x in (queries, keys)]
     student = float32(queries), float32(keys)
@@ -91,6 +99,36 @@ def distill_loss(
         found = divergence(op, problem, each, "none" if reduction == "none" else "sum", workspace, implementation)
         losses.append(found.divergence + found.entropy if form == "cross_entropy" else found.divergence)
     return losses[0] if len(losses) == 1 else losses[0] + losses[1]
+
+
+def _over_ranks(
+    queries, keys, teacher_queries, teacher_keys, scale, teacher_scale, directions, form, shares, exclude_self, run
+) -> Tensor:  # [M]
+    """Losses of this rank's rows and columns against those of all: an expected logit is the logit of a mix of keys."""
+    student, teacher = (queries, keys), (teacher_queries.detach(), teacher_keys.detach())
+    if exclude_self:
+        numbered = numbers(queries.shape[0], queries.device)
+        run = {**run, "query_ids": numbered, "key_ids": numbered, "positives": -1}
+    forward, reverse = shares
+    total = 0.0
+    for direction in directions:
+        way = 1 if direction == "query_to_key" else -1
+        (q, k), (tq, tk) = (tuple(float32(x) for x in pair[::way]) for pair in (student, teacher))
+        r, rt = similarity_lse(q, k, scale, **run), similarity_lse(tq, tk, teacher_scale, **run)
+        nothing_left = torch.isneginf(r)
+        r, rt = r.masked_fill(nothing_left, 0.0), rt.masked_fill(nothing_left, 0.0)
+        if forward:
+            cross = scale * torch.linalg.vecdot(q, mix_over_ranks(tq, tk, k, teacher_scale, rt, **run))
+            total = total + forward * (r - cross)
+            if form == "kl":
+                mixed = mix_over_ranks(tq, tk, tk, teacher_scale, rt, **run)
+                total = total + forward * (teacher_scale * torch.linalg.vecdot(tq, mixed) - rt)
+        if reverse:
+            mixed = mix_over_ranks(q, k, torch.cat([k, tk], 1), scale, r, **run)
+            of_student, of_teacher = mixed.split([k.shape[1], tk.shape[1]], 1)
+            expected = scale * torch.linalg.vecdot(q, of_student) - teacher_scale * torch.linalg.vecdot(tq, of_teacher)
+            total = total + reverse * (expected - r + rt)
+    return total / len(directions)
 
 
 def _check(op: str, queries, keys, teacher_queries, teacher_keys, directions) -> None:

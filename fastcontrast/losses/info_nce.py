@@ -7,10 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastcontrast import ops
+from fastcontrast.distributed._exchange import active
+from fastcontrast.distributed._lse import similarity_lse
+from fastcontrast.distributed._sums import count_over_ranks, numbers, over_ranks, segment_sums, share
 from fastcontrast.ops import _check as check
-from fastcontrast.ops import similarity_cross_entropy, similarity_lse
+from fastcontrast.ops import _segments, similarity_cross_entropy
 from fastcontrast.ops._precision import float32, without_autocast
-from fastcontrast.ops._segments import segment_sums
 
 from ._common import ScaledLoss, features, own_index, pick, reduce
 
@@ -91,6 +94,7 @@ def info_nce(
     masks = {"query_ids": query_ids, "key_ids": key_ids, "positives": own, "guide": guide}
     extras_given = hard_negatives is not None or hard_negatives_mask is not None or queue is not None
     plain = reduction == "mean" and weights is None and not label_smoothing and not extras_given and not return_accuracy
+    plain = plain and active() is None
     square = own is None and m == keys.shape[0] and not joint
     if plain and m and forward and (len(directions) == 1 or (backward and len(directions) == 2 and square)):
         return similarity_cross_entropy(queries, keys, scale, both=backward, key_bias=key_bias, **masks, **run)
@@ -121,7 +125,7 @@ def info_nce(
         check.matrix(op, "queue", queue, queries.shape[1])
         queue = _like(queue, queries).detach()
         ids = {} if queue_ids is None else {"query_ids": query_ids, "key_ids": queue_ids, "positives": -1}
-        extras.append(similarity_lse(queries, queue, scale, **ids, **run)[:, None])
+        extras.append(ops.similarity_lse(queries, queue, scale, **ids, **run)[:, None])
     if joint:
         losses = _joint(blocks, extras, positive, has_positive, count_positive_once) - positive
     else:
@@ -131,10 +135,10 @@ def info_nce(
         others = _extra_sum(queries, scale, extra, None if queue is None else (queue, queue_ids, query_ids))
         smooth = _mean_logits(queries, keys, scale, key_bias, positive, own, query_ids, key_ids, others, directions)
         losses = losses + label_smoothing * (positive - smooth)
-    loss = reduce(op, losses, weights, reduction)
+    loss = reduce(op, losses, weights, reduction, like=queries)
     if not return_accuracy:
         return loss
-    return loss, torch.stack([hit.float().mean() if m else hit.sum().float() for hit in hits]).mean()
+    return loss, torch.stack([share(hit.sum().float(), m) for hit in hits]).mean()
 
 
 def _sweep(queries, keys, scale, own, return_accuracy, *, dim, **settings) -> tuple[list[Tensor], Tensor, list[Tensor]]:
@@ -197,8 +201,8 @@ def _one_guide(guide, side: int, own: Tensor | None, m: int):
 def _same_side(rows, candidates, scale, own, row_ids, candidate_ids, guide, run) -> Tensor:
     """log Σ exp of rows against candidates of their own kind, each row's own candidate and equal ids left out."""
     m, n = rows.shape[0], candidates.shape[0]
-    index = torch.arange(n, device=rows.device)
     if row_ids is None:
+        index = numbers(n, rows.device)
         row_ids, candidate_ids = pick(index, own, m), index
     # Where both are one tensor, with one tensor of ids, the sweep computes half of the symmetric matrix.
     return similarity_lse(
@@ -264,7 +268,7 @@ def _extra_sum(queries, scale, extra, queue) -> tuple[Tensor, Tensor]:
         negatives, queue_ids, query_ids = float32(queue[0]), *queue[1:]
         total, count = total + scale * (queries @ negatives.sum(0)), count + negatives.shape[0]
         if queue_ids is not None:
-            same, number = segment_sums(negatives, queue_ids, query_ids)
+            same, number = _segments.segment_sums(negatives, queue_ids, query_ids)
             total, count = total - scale * torch.linalg.vecdot(queries, same), count - number
     return total, count
 
@@ -290,10 +294,11 @@ def _mean_logit(rows, candidates, scale, bias, positive, ids, others, row_bias=N
     `ids`: of the rows, of the candidates, and of each row's own candidate, or None. `others`: sum and number of logits
     to candidates of other kinds.
     """
-    rows, candidates, number = float32(rows), float32(candidates), candidates.shape[0]
-    total = scale * (rows @ candidates.sum(0))
+    rows, candidates = float32(rows), float32(candidates)
+    number = count_over_ranks(candidates.shape[0], candidates.device)
+    total = scale * (rows @ over_ranks(candidates.sum(0)))
     if bias is not None:
-        total = total + bias.to(rows.dtype).sum()
+        total = total + over_ranks(bias.to(rows.dtype).sum())
     if row_bias is not None:
         total = total + number * row_bias
     if ids is not None:  # equal ids do not compete, but the own candidate does

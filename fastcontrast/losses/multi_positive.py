@@ -8,10 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastcontrast.distributed._exchange import active
+from fastcontrast.distributed._lse import similarity_lse
+from fastcontrast.distributed._sums import at, numbers, positive_sums, share
 from fastcontrast.ops import _check as check
-from fastcontrast.ops import similarity_cross_entropy, similarity_lse
+from fastcontrast.ops import similarity_cross_entropy
 from fastcontrast.ops._precision import float32, without_autocast
-from fastcontrast.ops._segments import against_positives, positive_sums
+from fastcontrast.ops._segments import against_positives
 
 from ._common import ScaledLoss, features, reduce
 
@@ -64,7 +67,7 @@ def multi_positive_loss(
     masks = {"query_ids": query_ids, "key_ids": key_ids}
     run = {"key_bias": key_bias, "workspace": workspace, "implementation": implementation}
     plain = reduction == "mean" and weights is None and not count_empty and not return_accuracy
-    if plain and positives is None:
+    if plain and positives is None and active() is None:
         labels = {"query_labels": query_labels, "key_labels": key_labels}
         return similarity_cross_entropy(queries, keys, scale, **labels, **masks, **run)
     swept = similarity_lse(queries, keys, scale, **masks, positives=-1, return_best=return_accuracy, **run)
@@ -76,14 +79,11 @@ def multi_positive_loss(
     else:
         sums = _listed_sums(op, *problem, positives)
     losses, valid = against_positives(lse, *sums)
-    loss = reduce(op, losses, weights, reduction, m if count_empty else valid.sum())
+    loss = reduce(op, losses, weights, reduction, m if count_empty else valid.sum(), like=queries)
     if not return_accuracy:
         return loss
-    if positives is None:
-        hits = key_labels[best.clamp(min=0)] == query_labels if n else valid
-    else:
-        hits = (positives == best[:, None]).any(1)
-    return loss, (hits & valid).sum() / valid.sum().clamp(min=1)
+    hits = at(key_labels, best) == query_labels if positives is None else (positives == best[:, None]).any(1)
+    return loss, share((hits & valid).sum().float(), valid.sum())
 
 
 def _listed_sums(op, queries, keys, scale, key_bias, positives) -> tuple[Tensor, Tensor]:
@@ -130,7 +130,7 @@ def supcon_loss(
     op = "supcon_loss"
     embeddings, _ = features(op, embeddings, embeddings, ("embeddings", "embeddings"))
     check.vector(op, "labels", labels, embeddings.shape[0], embeddings, floating=False)
-    index = torch.arange(embeddings.shape[0], device=embeddings.device)
+    index = numbers(embeddings.shape[0], embeddings.device)
     return multi_positive_loss(
         embeddings,
         embeddings,

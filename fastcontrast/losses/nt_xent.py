@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastcontrast.distributed._exchange import active
+from fastcontrast.distributed._lse import similarity_lse
+from fastcontrast.distributed._sums import numbers, share
 from fastcontrast.ops import _check as check
-from fastcontrast.ops import similarity_cross_entropy, similarity_lse
+from fastcontrast.ops import similarity_cross_entropy
 from fastcontrast.ops._precision import float32, without_autocast
 
 from ._common import ScaledLoss, features, reduce
@@ -51,23 +54,23 @@ def nt_xent_loss(
     # and saying so keeps the symmetry also where a compiler cannot look at `other`.
     protected = -1 if ids is None else other
     if ids is None:
-        ids = index
+        ids = numbers(2 * n, views.device)
     else:
         check.vector(op, "ids", ids, n, view1, floating=False)
         ids = torch.cat([ids, ids])
     masks = {"query_ids": ids, "key_ids": ids}
     run = {"workspace": workspace, "implementation": implementation}
-    plain = reduction == "mean" and weights is None and not return_accuracy
+    plain = reduction == "mean" and weights is None and not return_accuracy and active() is None
     if plain and n and not torch.compiler.is_compiling():
         return similarity_cross_entropy(views, views, scale, **masks, positives=other, **run)
     swept = similarity_lse(views, views, scale, **masks, positives=protected, return_best=return_accuracy, **run)
     lse, best = swept if return_accuracy else (swept, None)
     losses = lse.view(2, n).mean(0) - scale * torch.linalg.vecdot(float32(view1), float32(view2))
-    loss = reduce(op, losses, weights, reduction)
+    loss = reduce(op, losses, weights, reduction, like=views)
     if not return_accuracy:
         return loss
     hits = best == other
-    return loss, hits.float().mean() if n else hits.sum().float()
+    return loss, share(hits.sum().float(), 2 * n)
 
 
 class NTXentLoss(ScaledLoss):

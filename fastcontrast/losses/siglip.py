@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcontrast.distributed._exchange import active
+from fastcontrast.distributed._sums import formed_over_keys, over_keys, own_parameter, share, whole_sum
 from fastcontrast.ops import _check as check
 from fastcontrast.ops import similarity_softplus
 from fastcontrast.ops._precision import without_autocast
@@ -41,7 +43,8 @@ def siglip_loss(
         image_features, text_features: [M, D], [N, D]; pairs in order, or as `positives` says.
         scale, bias: the paper's exp(t') and b, which start at 10 and −10; tensors get their gradients.
         image_labels, text_labels: pairs of equal labels are all positive (several captions of one image, classes), or
-        targets: [M, N], soft labels in [0, 1]: S_i = Σ_j y_ij softplus(−L_ij) + (1 − y_ij) softplus(L_ij).
+        targets: [M, N] (inside `exchange` N of all ranks), soft labels in [0, 1]:
+            S_i = Σ_j y_ij softplus(−L_ij) + (1 − y_ij) softplus(L_ij).
         label_smoothing: ε; positives count as 1 − ε/2, negatives as ε/2.
         positives: index of each image's own text; default 0 … M − 1. Ignored where labels or targets are given, except
             that an image's own text is never masked.
@@ -71,11 +74,44 @@ def siglip_loss(
         "label_smoothing": label_smoothing, "query_ids": image_ids, "key_ids": text_ids,
         "implementation": implementation,
     }  # fmt: skip
+    how = active()
+    if how is not None:
+        return _over_ranks(op, how, image_features, text_features, scale, bias, problem, weights, reduction)
     if reduction != "none" and (weights is None or not weights.requires_grad):
         problem |= {"weights": weights, "reduction": reduction}
         return similarity_softplus(image_features, text_features, scale, bias, **problem)
     rows = similarity_softplus(image_features, text_features, scale, bias, **problem)
-    return reduce(op, rows, weights, reduction, m)
+    return reduce(op, rows, weights, reduction, m, like=image_features)
+
+
+def _over_ranks(op, how, image_features, text_features, scale, bias, problem, weights, reduction) -> Tensor:
+    """This rank's images against the texts of all."""
+    m, device = image_features.shape[0], image_features.device
+    scale, bias = (check.scalar(op, name, x, image_features) for name, x in (("scale", scale), ("bias", bias)))
+    own = problem["positives"]
+    if own is None:
+        own = torch.arange(m, device=device)
+    check.vector(op, "positives", own, m, image_features, floating=False)
+    own = torch.where(own < 0, -1, own + how.shards(text_features.shape[0], device).offset)
+    scalar = reduction != "none" and (weights is None or not weights.requires_grad)
+    each = {"reduction": "sum", "weights": weights} if scalar else {}
+    fixed = {name: problem[name] for name in ("label_smoothing", "implementation")}
+
+    def block(local, texts, rows):
+        images, scale, bias, labels, ids, targets, own = local
+        texts, text_labels, text_ids = texts
+        here = torch.where((own >= rows.start) & (own < rows.stop), own - rows.start, -1)
+        return similarity_softplus(
+            images, texts, scale, bias, query_labels=labels, key_labels=text_labels, query_ids=ids, key_ids=text_ids,
+            targets=None if targets is None else targets[:, rows], positives=here, **fixed, **each,
+        )  # fmt: skip
+
+    local = [image_features, scale, bias, problem["query_labels"], problem["query_ids"], problem["targets"], own]
+    texts = [text_features, problem["key_labels"], problem["key_ids"]]
+    if not scalar:
+        return reduce(op, over_keys(block, local, texts), weights, reduction, m, like=image_features)
+    total = formed_over_keys(block, local, texts)
+    return whole_sum(total) if reduction == "sum" else share(total, m)
 
 
 class SigLipLoss(ScaledLoss):
@@ -106,7 +142,7 @@ class SigLipLoss(ScaledLoss):
             self.register_buffer("bias", bias)
 
     def forward(self, image_features: Tensor, text_features: Tensor, **settings: Any) -> Tensor:
-        return super().forward(image_features, text_features, bias=self.bias, **settings)
+        return super().forward(image_features, text_features, bias=own_parameter(self.bias), **settings)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, bias={self.bias.item():.4g}"

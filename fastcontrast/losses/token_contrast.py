@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+
 from torch import Tensor, nn
 
-from fastcontrast.ops import token_contrast_margin
+from fastcontrast import ops
+from fastcontrast.distributed._exchange import active
+from fastcontrast.distributed._sums import share, whole_sum
 
 __all__ = ["TokenContrastLoss", "token_contrast_margin"]
+
+
+@functools.wraps(ops.token_contrast_margin)
+def token_contrast_margin(
+    hidden: Tensor, lengths: Tensor | None = None, *, valid: Tensor | None = None, reduction: str = "mean", **settings
+) -> Tensor:
+    if active() is None or reduction not in ("mean", "sum"):
+        return ops.token_contrast_margin(hidden, lengths, valid=valid, reduction=reduction, **settings)
+    total = ops.token_contrast_margin(hidden, lengths, valid=valid, reduction="sum", **settings)
+    if reduction == "sum":
+        return whole_sum(total)
+    sequences, most = hidden.shape[:2]
+    tokens = lengths if valid is None else valid.sum(1)
+    return share(total, sequences * most * (most - 1) if tokens is None else (tokens * (tokens - 1)).sum())
 
 
 class TokenContrastLoss(nn.Module):

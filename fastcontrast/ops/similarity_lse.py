@@ -62,16 +62,21 @@ def _reference(queries, keys, scale, key_bias, masks, rows, columns, own, best) 
     dims = [dim for dim, wanted in ((1, rows), (0, columns)) if wanted]
     results = [reference_lse(logits, dim) for dim in dims]
     if own:
-        n = logits.shape[1]  # a column of −inf behind the last for rows without one: with no keys there is no other
-        column = masks.positives.masked_fill((masks.positives < 0) | (masks.positives >= n), n)
-        padded = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
-        results.append(padded.gather(1, column[:, None])[:, 0])
+        results.append(own_logits(logits, masks.positives))
     if best:
-        results += [_first_best(logits, dim) for dim in dims]
+        results += [first_best(logits, dim) for dim in dims]
     return tuple(results)
 
 
-def _first_best(logits: Tensor, dim: int) -> Tensor:
+def own_logits(logits: Tensor, positives: Tensor) -> Tensor:
+    """L_{i, positives[i]}, −inf where that is no key."""
+    n = logits.shape[1]  # a column of −inf behind the last for rows without one: with no keys there is no other
+    column = positives.masked_fill((positives < 0) | (positives >= n), n)
+    padded = torch.nn.functional.pad(logits, (0, 1), value=float("-inf"))
+    return padded.gather(1, column[:, None])[:, 0]
+
+
+def first_best(logits: Tensor, dim: int) -> Tensor:
     if logits.shape[dim] == 0:
         return torch.full((logits.shape[1 - dim],), -1, dtype=torch.int64, device=logits.device)
     best = logits.detach().argmax(dim)
