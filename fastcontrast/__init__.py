@@ -2,6 +2,7 @@
 
 from .attention import CrossFrameAttention
 from .decoding import adacad, cad, cfg, contrastive_decoding, contrastive_search, dola, generate
+from .ema import EMATeacher, cosine_momentum
 from .grad_cache import GradCache
 from .losses import (
     ClipLoss,
@@ -22,6 +23,7 @@ from .losses import (
     supcon_loss,
     token_contrast_margin,
 )
+from .memory import MemoryBank
 from .ops import set_workspace
 
 __version__ = "0.1.0"
@@ -31,8 +33,10 @@ __all__ = [
     "CrossFrameAttention",
     "DistillLoss",
     "DistributedLoss",
+    "EMATeacher",
     "GradCache",
     "InfoNCELoss",
+    "MemoryBank",
     "MultiPositiveLoss",
     "NTXentLoss",
     "SigLipLoss",
@@ -44,6 +48,7 @@ __all__ = [
     "clip_loss",
     "contrastive_decoding",
     "contrastive_search",
+    "cosine_momentum",
     "distill_loss",
     "dola",
     "generate",

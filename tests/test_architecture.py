@@ -18,7 +18,12 @@ FOLDERS = {"fastcontrast": ROOT / "fastcontrast", "fastcontrast.kernels": ROOT /
 
 # From the bottom up. A module imports from its own layer and below. Private helpers at the root stand with grad_cache;
 # a name not listed (the command line, the demo, a recipe) is at the top. `testing` is beside: see below.
-LAYERS = ({"_C", "_CUDA", "kernels"}, {"ops"}, {"grad_cache", "distributed"}, {"losses", "attention", "decoding"})
+LAYERS = (
+    {"_C", "_CUDA", "kernels"},
+    {"ops"},
+    {"grad_cache", "distributed", "memory", "ema"},
+    {"losses", "attention", "decoding"},
+)
 HELPERS, TOP = 2, len(LAYERS)
 
 
