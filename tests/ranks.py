@@ -1,0 +1,1 @@
+from fastcontrast.testing.ranks import RankError, run  # noqa: F401
