@@ -28,7 +28,8 @@ class RankError(AssertionError):
 @cache
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.nn.parallel", "torch.optim", "torch._dynamo", "fastcontrast"])
+    torch = ["torch.nn.parallel", "torch.optim", "torch._dynamo", "torch.distributed.tensor"]
+    context.set_forkserver_preload([*torch, "fastcontrast"])
     return context
 
 
