@@ -1,89 +1,20 @@
-"""GradCache: gradients equal those of the whole batch at once, whatever was kept, cut or replayed."""
+"""GradCache: gradients equal those of the whole batch at once, whatever was cut or replayed."""
 
 import copy
+import io
 import sys
 from collections import OrderedDict, namedtuple
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from two_towers import B, D, Loss, Tower, assert_equal, check, clear, float64, gradients
 
 from fastcontrast import GradCache
-from fastcontrast.grad_cache import graph_keeper as keeper
+from fastcontrast.grad_cache import replay
 
-B, D = 13, 6  # a prime: every chunk size leaves a ragged last chunk
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-class Tower(nn.Module):
-    """Counts its forwards and rows; takes what the tests need by position or by name."""
-
-    def __init__(self, dropout=0.0):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(D, 8), nn.Tanh(), nn.Dropout(dropout), nn.Linear(8, 5))
-        self.calls = self.rows = 0
-
-    def forward(self, x, mask=None, scale=1.0):
-        self.calls, self.rows = self.calls + 1, self.rows + len(x)
-        out = self.net(x) * scale
-        return out if mask is None else out * mask[:, None]
-
-
-class Loss(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.log_scale = nn.Parameter(torch.tensor(1.0))
-        self.calls = 0
-
-    def forward(self, q, k, bias=0.0):
-        self.calls += 1
-        logits = self.log_scale.exp() * F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).T + bias
-        labels = torch.arange(len(q))
-        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-
-
-def gradients(*modules):
-    return [None if p.grad is None else p.grad.clone() for m in modules for p in m.parameters()]
-
-
-def clear(*modules):
-    for m in modules:
-        m.zero_grad()
-
-
-def assert_equal(ours, theirs, tolerance=1e-12):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs, strict=True):
-        if a is None or b is None:
-            assert a is b
-        else:
-            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
-
-
-def check(cache, inputs, reps, *modules, **loss_kwargs):
-    """One step of `cache` against autograd through `reps()` at once, from the same random state."""
-    clear(*modules)
-    state = torch.get_rng_state()
-    truth = cache.loss_fn(*reps(), **loss_kwargs)
-    truth.backward()
-    wanted, after = gradients(*modules), torch.rand(3)
-    clear(*modules)
-    torch.set_rng_state(state)
-    loss = cache(*inputs, **loss_kwargs)
-    assert not loss.requires_grad
-    torch.testing.assert_close(loss, truth.detach(), rtol=1e-12, atol=1e-12)
-    assert_equal(gradients(*modules), wanted)
-    assert any(g is not None and g.abs().max() > 1e-4 for g in wanted)
-    assert torch.equal(torch.rand(3), after)  # the global stream: one forward of every chunk
+double = pytest.fixture(autouse=True)(float64)
 
 
 @pytest.mark.parametrize("keep", [0, 1, 4, 99, "auto"])
@@ -283,283 +214,6 @@ def test_gradients_accumulate():
     assert_equal(gradients(a, loss), [2 * g for g in once])
 
 
-@pytest.mark.parametrize("keep, calls", [(0, 8), (1, 7), (3, 5), (4, 4), (9, 4), ("auto", 4)])
-def test_kept_graphs_are_not_encoded_twice(keep, calls):
-    a, loss = Tower(), Loss()
-    cache = GradCache([a], 4, lambda q: loss(q, q.flip(0)), keep_graphs=keep)
-    assert cache.kept_graphs is None
-    cache(torch.randn(B, D))
-    assert a.calls == calls and cache.kept_graphs == 8 - calls and loss.calls == 1
-    assert cache.plan.extra_forward == (calls - 4) / 4
-
-
-def test_an_int_fills_the_first_model_first():
-    cache = GradCache([Tower(), Tower()], 4, Loss(), keep_graphs=5)
-    cache(torch.randn(B, D), torch.randn(B, D))
-    assert cache.plan.kept == (4, 1) and str(cache.plan).startswith("5 graphs kept, 38% of chunks")
-
-
-@pytest.mark.parametrize("fit", [0, 1, 2, 3, 4])
-def test_auto_keeps_what_fits_and_says_why(monkeypatch, fit):
-    a = Tower()
-    one = 4 * 8 * 8  # of a chunk, tanh and the second Linear save the same [4, 8]: counted once, the input not at all
-    free = 2 * (fit * one + one // 2)
-    left = iter([free, *(free - one * kept for kept in (1, 1, 2, 3))])  # read before the step, then before each chunk
-    monkeypatch.setattr(keeper, "free_bytes", lambda device: next(left))
-    GradCache([a], 4, lambda q: q.sum(), keep_graphs=0)(torch.randn(B, D))  # allocates the gradients
-    cache = GradCache([a], 4, lambda q: q.pow(2).sum())
-    cache(torch.randn(B, D))
-    assert cache.plan.chunk_bytes == one and cache.plan.budget_bytes == free // 2
-    assert cache.kept_graphs == fit
-    assert ("every graph fits" if fit == 4 else "the next graph needs 0 MiB on cpu") in cache.plan.reason
-
-
-def test_kept_graphs_go_before_anything_is_encoded_again(monkeypatch):
-    a, order = Tower(), []
-    answers = iter([False, True, False, True])  # as when the first chunk is the largest
-    monkeypatch.setattr(keeper.GraphKeeper, "fits", lambda *_, **__: next(answers))
-
-    def model(x):
-        out = a(x)
-        if out.requires_grad:
-            row = x[0, 0].item()
-            out.register_hook(lambda g: order.append(row))
-        return out
-
-    x = torch.arange(4.0)[:, None].expand(4, D)
-    cache = GradCache([model], 1, lambda q: q.pow(2).sum())
-    check(cache, (x,), lambda: (a(x),), a)
-    assert order == [1, 3, 0, 2] and a.calls == 4 + 2 + 1
-
-
-@pytest.mark.parametrize("allocated", [False, True])
-def test_auto_leaves_room_for_gradients(monkeypatch, allocated):
-    a = Tower()
-    if allocated:
-        a.net(torch.randn(B, D)).sum().backward()
-    monkeypatch.setattr(keeper, "free_bytes", lambda device: sum(p.nbytes for p in a.parameters()) + 300)
-    cache = GradCache([a], 4, lambda q: q.pow(2).sum())
-    cache(torch.randn(B, D))
-    assert (cache.kept_graphs > 0) == allocated
-
-
-def test_auto_heeds_what_the_meter_cannot_see(monkeypatch):
-    a = Tower()
-    free = iter([10**9, 4 * 10**8])
-    monkeypatch.setattr(keeper, "free_bytes", lambda device: next(free, 4 * 10**8))
-    cache = GradCache([a], 4, lambda q: q.pow(2).sum())
-    cache(torch.randn(B, D))
-    assert cache.kept_graphs == 0 and "would stay free" in cache.plan.reason
-
-
-def test_auto_survives_a_model_that_cannot_be_measured():
-    a, loss = Tower(dropout=0.5), Loss()
-    x, y = torch.randn(B, D), torch.randn(B, D)
-
-    def model(x):
-        return a(x) + torch.func.grad(lambda v: a.net[0](v).pow(2).sum())(x).sum()
-
-    def reps():
-        return torch.cat([model(c) for c in x.split(4)]), torch.cat([a(c) for c in y.split(4)])
-
-    cache = GradCache([model, a], 4, loss)
-    check(cache, (x, y), reps, a, loss)
-    assert cache.plan.kept == (0, 4) and "forbids saved tensor hooks" in cache.plan.reason
-
-
-def test_free_host_memory_is_known_here():
-    assert keeper.free_bytes(torch.device("cpu")) > 0 or sys.platform != "linux"
-
-
-@pytest.mark.parametrize("fail_at", [1, 2, 3, 6])
-def test_out_of_memory_while_keeping_drops_the_graphs(fail_at):
-    loss = Loss()
-
-    class Fragile(Tower):
-        armed = True
-
-        def forward(self, x):
-            if torch.is_grad_enabled() and self.armed and self.calls == fail_at - 1:
-                self.armed = False
-                torch.rand(5)  # consumed half-way
-                raise torch.OutOfMemoryError("out of memory")
-            return super().forward(x)
-
-    a = Fragile(dropout=0.5)
-    x, y = torch.randn(B, D), torch.randn(B, D)
-    a.armed = False
-
-    def reps():
-        return torch.cat([a(c) for c in x.split(4)]), torch.cat([a(c) for c in y.split(4)])
-
-    def arm(q, k):
-        return loss(q, k)
-
-    cache = GradCache([a, a], 4, arm)
-    state = torch.get_rng_state()
-    loss(*reps()).backward()
-    wanted = gradients(a, loss)
-    clear(a, loss)
-    torch.set_rng_state(state)
-    a.armed, a.calls = True, 0
-    cache(x, y)
-    assert not a.armed
-    assert_equal(gradients(a, loss), wanted)
-    assert cache.kept_graphs == 0 and f"out of memory with {fail_at - 1} graphs kept" in cache.plan.reason
-    cache(x, y)  # the next step tries less
-    assert cache.kept_graphs == (fail_at - 1) // 2
-
-
-def test_out_of_memory_beside_kept_graphs_without_a_graph_of_its_own(monkeypatch):
-    a, failures = Tower(), iter([False, False, True])
-    answers = iter([True, True, False, False])
-    monkeypatch.setattr(keeper.GraphKeeper, "fits", lambda *_, **__: next(answers))
-
-    def model(x):
-        if next(failures, False):
-            raise torch.OutOfMemoryError("out of memory")
-        return a(x)
-
-    x = torch.randn(B, D)
-    cache = GradCache([model], 4, lambda q: q.pow(2).sum())
-    cache(x)
-    assert cache.kept_graphs == 0 and "with 2 graphs kept" in cache.plan.reason
-    ours = gradients(a)
-    clear(a)
-    a(x).pow(2).sum().backward()
-    assert_equal(ours, gradients(a))
-
-
-def test_out_of_memory_is_not_swallowed_when_a_number_was_asked():
-    def model(x):
-        raise torch.OutOfMemoryError("out of memory")
-
-    with pytest.raises(torch.OutOfMemoryError):
-        GradCache([model], 4, Loss(), keep_graphs=2)(torch.randn(B, D))
-
-
-@pytest.mark.parametrize("keep", [0, 2, "auto"])
-def test_buffers_move_once_a_chunk(keep):
-    net = nn.Sequential(nn.Linear(D, 5), nn.BatchNorm1d(5), nn.Linear(5, 5))
-    twin, loss, buffers = copy.deepcopy(net), Loss(), list(net.buffers())
-    x, y = torch.randn(B, D), torch.randn(B, D)
-    GradCache([net, net], 5, loss, keep_graphs=keep)(x, y)
-    ours = gradients(net)
-    loss(torch.cat([twin(c) for c in x.split(5)]), torch.cat([twin(c) for c in y.split(5)])).backward()
-    assert_equal(ours, gradients(twin))
-    for a, b, before in zip(net.buffers(), twin.buffers(), buffers, strict=True):
-        assert torch.equal(a, b)
-        assert a is before  # whoever holds the buffer (an average of models, a reducer) still holds the model's
-    assert net[1].num_batches_tracked == 6
-
-
-class Drifting(nn.Module):
-    """The output depends on a buffer that every forward rewrites: the second encoding must see the first one's."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Linear(D, 5)
-        self.register_buffer("drift", torch.ones(5))
-
-    def forward(self, x):
-        self.drift.mul_(1.1)
-        return self.net(x) * self.drift
-
-
-@pytest.mark.parametrize("keep", [0, "auto"])
-def test_buffers_are_replayed(keep):
-    net = Drifting()
-    x = torch.randn(B, D)
-    cache = GradCache([net], 4, lambda q: q.pow(2).sum(), keep_graphs=keep)
-    cache(x)
-    ours = gradients(net)
-    clear(net)
-    drift = 1.1 ** torch.arange(1, 5).repeat_interleave(4)[:B, None]
-    (net.net(x) * drift).pow(2).sum().backward()
-    assert_equal(ours, gradients(net))
-    torch.testing.assert_close(net.drift, torch.full((5,), 1.1**4))
-    if keep == "auto":  # autograd saved the buffer of each chunk, and the next chunk overwrote it
-        assert cache.kept_graphs == 0 and "rewrites" in cache.plan.reason
-
-
-class Synced(nn.Module):
-    """What DistributedDataParallel looks like: remembers under what each forward and backward ran."""
-
-    def __init__(self, tower):
-        super().__init__()
-        self.tower, self.quiet, self.log = tower, False, []
-
-    @contextmanager
-    def no_sync(self):
-        before, self.quiet = self.quiet, True
-        yield
-        self.quiet = before
-
-    def forward(self, x):
-        out = self.tower(x)
-        if out.requires_grad:
-            assert torch.is_grad_enabled()
-            forward = self.quiet
-            out.register_hook(lambda g: self.log.append((forward, self.quiet)))
-        return out
-
-
-@pytest.mark.parametrize("keep", [0, 3, "auto", 99])
-@pytest.mark.parametrize("flag", [True, False])
-def test_no_sync_except_last(keep, flag):
-    a, loss = Tower(), Loss()
-    model = Synced(a)
-    x, y = torch.randn(B, D), torch.randn(B, D)
-    cache = GradCache([model, model], 4, loss, keep_graphs=keep)
-    cache(x, y, no_sync_except_last=flag)
-    quiet = [entry == (True, True) for entry in model.log]
-    assert set(model.log) <= {(True, True), (False, False)}  # forward and backward of a graph under the same rule
-    assert len(quiet) == 8 and not quiet[-1]
-    if flag:
-        assert quiet == [True] * 7 + [False]  # one reduction a model, though it comes twice
-    elif keep == 0:
-        assert quiet == [False] * 8
-    ours = gradients(a)
-    clear(a, loss)
-    loss(a(x), a(y)).backward()
-    assert_equal(ours, gradients(a))
-    assert cache.kept_graphs == {0: 0, 3: 3, "auto": 6, 99: 6}[keep]
-
-
-@pytest.mark.parametrize("flag", [True, False])
-@pytest.mark.parametrize("keep", [0, 2, "auto"])
-def test_distributed_data_parallel(tmp_path, keep, flag):
-    dist = torch.distributed
-    if not dist.is_available():
-        pytest.skip("torch.distributed is not built")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        net = nn.Sequential(Tower(dropout=0.5), nn.BatchNorm1d(5))
-        model, loss, reductions = nn.parallel.DistributedDataParallel(net), Loss(), []
-
-        def hook(_, bucket):
-            reductions.append(bucket.index())
-            future = torch.futures.Future()
-            future.set_result(bucket.buffer())
-            return future
-
-        model.register_comm_hook(None, hook)
-        x, y = torch.randn(B, D), torch.randn(B, D)
-        cache = GradCache([model, model], 5, loss, keep_graphs=keep)
-        for _ in range(2):
-            clear(model, loss)
-            reductions.clear()
-            state, twin = torch.get_rng_state(), copy.deepcopy(net)
-            cache(x, y, no_sync_except_last=flag)
-            torch.set_rng_state(state)
-            loss(torch.cat([twin(c) for c in x.split(5)]), torch.cat([twin(c) for c in y.split(5)])).backward()
-            assert_equal(gradients(net), gradients(twin))
-            if flag:
-                assert reductions == [0]
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("keep", [0, 2])
 def test_fp16_with_a_scaler(keep):
     torch.set_default_dtype(torch.float32)
@@ -588,6 +242,112 @@ def test_fp16_with_a_scaler(keep):
     scaler.step(optimizer)
     scaler.update()
     assert not torch.equal(a.net[0].weight, before)
+
+
+@pytest.mark.parametrize("keep", [0, "auto"])
+def test_a_scaler_scales_every_gradient_and_skips_what_overflowed(keep):
+    """Without rounding to float16 in the way: the loop of its documentation, the whole batch at once."""
+    a, loss = Tower(dropout=0.5), Loss()
+    twins = copy.deepcopy([a, loss])
+    batches = [(torch.randn(B, D), torch.randn(B, D)) for _ in range(4)]
+    batches[1][0][3, 2] = torch.inf
+
+    def train(tower, loss, chunked):
+        torch.manual_seed(1)
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2)
+        parameters = [*tower.parameters(), *loss.parameters()]
+        optimizer, log = torch.optim.AdamW(parameters, lr=0.1), []
+        cache = GradCache([tower, tower], 4, loss, scaler=scaler, autocast=nullcontext, keep_graphs=keep)
+        for x, y in batches:
+            optimizer.zero_grad()
+            if chunked:
+                value = cache(x, y)
+            else:
+                value = loss(*(torch.cat([tower(c) for c in t.split(4)]) for t in (x, y)))
+                scaler.scale(value).backward()
+            log += [scaler.get_scale(), value.detach(), *gradients(tower, loss)]
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            log += [scaler.get_scale(), *(p.detach().clone() for p in parameters)]
+        return log
+
+    ours, theirs = train(a, loss, True), train(*twins, False)
+    assert [scale for scale in ours if isinstance(scale, float)] == [64, 64, 64, 32, 32, 32, 32, 64]
+    for mine, whole in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, whole, rtol=1e-10, atol=1e-10, equal_nan=True)
+
+
+@pytest.mark.parametrize("keep", [0, "auto"])
+def test_a_resumed_run_goes_on_bit_for_bit(keep):
+    batches = [(torch.randn(B, D), torch.randn(B, D)) for _ in range(5)]
+
+    def make():
+        tower = nn.Sequential(Tower(dropout=0.5), nn.BatchNorm1d(5, affine=False))
+        parts = {"tower": tower, "loss": Loss(), "scaler": torch.amp.GradScaler("cpu", init_scale=4.0)}
+        parts["optimizer"] = torch.optim.AdamW([*tower.parameters(), *parts["loss"].parameters()], lr=0.1)
+        cache = GradCache(
+            [tower, tower], 5, parts["loss"], scaler=parts["scaler"], autocast=torch.bfloat16, keep_graphs=keep
+        )
+        return parts, cache
+
+    def train(parts, cache, batches):
+        for x, y in batches:
+            parts["optimizer"].zero_grad()
+            loss = cache(x, y)
+            parts["scaler"].step(parts["optimizer"])
+            parts["scaler"].update()
+        return [loss, *parts["tower"].state_dict().values(), *parts["loss"].state_dict().values(), torch.rand(3)]
+
+    parts, cache = make()
+    train(parts, cache, batches[:2])
+    file = io.BytesIO()
+    torch.save({"random": torch.get_rng_state(), **{name: part.state_dict() for name, part in parts.items()}}, file)
+    straight = train(parts, cache, batches[2:])
+    torch.manual_seed(7)
+    parts, cache = make()
+    file.seek(0)
+    saved = torch.load(file)
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    torch.set_rng_state(saved["random"])
+    resumed = train(parts, cache, batches[2:])
+    assert all(map(torch.equal, resumed, straight))
+
+
+@pytest.mark.parametrize("kind", ["mps", "xpu", "none"])
+def test_random_states_of_every_backend(monkeypatch, kind):
+    """An accelerator in use is replayed, also for a plain function with its input elsewhere; that of MPS has functions
+    without a device; CUDA is not asked where there is none."""
+    device, calls, index = torch.device(kind if kind != "none" else "xpu", 0), [], () if kind == "mps" else (0,)
+    states = [torch.tensor([i], dtype=torch.uint8) for i in range(9)]
+
+    class Backend:
+        def __init__(self):
+            if kind != "mps":  # torch.mps has no such function
+                self.is_initialized = lambda: kind != "none"
+
+        def get_rng_state(self, *at):
+            assert [torch.device(d).index for d in at] == list(index)
+            calls.append("get")
+            return states[len(calls)]
+
+        def set_rng_state(self, state, **at):
+            assert [torch.device(d).index for d in at.values()] == list(index)
+            calls.append(int(state))
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(device.type))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    backend = Backend()
+    monkeypatch.setattr(torch, "get_device_module", lambda _: backend)
+    monkeypatch.setattr(torch, "cuda", None)
+    assert replay.random_devices([], [X]) == [torch.device("cpu"), device][: 1 if kind == "none" else 2]
+    state = replay.Replay(replay.random_devices([], []), {})
+    with state:
+        pass
+    assert calls == ([] if kind == "none" else ["get", "get", 1, 2])  # now as then, afterwards as before
 
 
 @pytest.mark.parametrize("keep", [0, 2])
@@ -703,7 +463,7 @@ X = torch.zeros(4, D, dtype=torch.float64)
     "error, message, make",
     [
         (ValueError, "2 models need 2 inputs, got 1", lambda t, s: GradCache([t, t], 2, s)(X)),
-        (ValueError, "2 models need one chunk size or 2, got 3", lambda t, s: GradCache([t, t], [1, 2, 3], s)),
+        (ValueError, "2 models need 1 or 2 chunk_sizes, got 3", lambda t, s: GradCache([t, t], [1, 2, 3], s)),
         (ValueError, "chunk_sizes must be an integer of at least 1, got 0", lambda t, s: GradCache([t], 0, s)),
         (ValueError, "at least 1, got 2.5", lambda t, s: GradCache([t], [2.5], s)),
         (

@@ -42,8 +42,14 @@ def with_leaves(tree: Any, new: Iterable[Any]) -> Any:
     return map_leaves(lambda _: next(remaining), tree, object)
 
 
-def split(tree: Any, chunk_size: int) -> list[Any]:
-    """Chunks of a tree in its own structure. Numbers, strings, None and 0-dimensional tensors go to every chunk."""
+def fresh(tree: Any) -> Any:
+    """`tree` in containers of its own: some models write into the mapping that they are given."""
+    return map_leaves(lambda leaf: leaf, tree)
+
+
+def split(tree: Any, size: int | list[int]) -> list[Any]:
+    """Chunks of a tree in its own structure, of one size or of these sizes. Numbers, strings, None and 0-dimensional
+    tensors go to every chunk."""
     cut = [t for t in tensors(tree) if t.dim()]
     if not cut:
         raise TypeError(f"GradCache: no tensor to split in a {type(tree).__name__}; pass split_input_fn")
@@ -55,7 +61,7 @@ def split(tree: Any, chunk_size: int) -> list[Any]:
         raise ValueError(f"GradCache: batch size must be at least 1, got {shapes}")
     _refuse_row_lists(tree, *rows)
     # split, not slices: if the input requires grad, one node gathers all chunks instead of one padded copy for each
-    columns = [t.split(chunk_size) if isinstance(t, Tensor) and t.dim() else repeat(t) for t in leaves(tree)]
+    columns = [t.split(size) if isinstance(t, Tensor) and t.dim() else repeat(t) for t in leaves(tree)]
     return [with_leaves(tree, row) for row in zip(*columns, strict=False)]
 
 

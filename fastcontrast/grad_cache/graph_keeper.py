@@ -24,8 +24,21 @@ _CGROUP = {
 }
 
 
+# What allocators without an error class of their own say: host, MPS, cuBLAS and cuDNN handles.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "STATUS_ALLOC_FAILED")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    known = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in _OUT_OF_MEMORY))
+
+
 class GraphKeeper:
-    """The state of one step. `keep` is an int or "auto"; `ceiling` bounds "auto" after an earlier out of memory."""
+    """The state of one step. `keep` is an int or "auto"; `ceiling` bounds "auto" after an earlier out of memory.
+
+    A model's kept graphs are its first ones: after a refusal no later chunk is kept. So the second pass goes through
+    chunks in order whatever is kept, no kept graph waits while another chunk is encoded again, and gradients, sums over
+    chunks, do not depend in their last bits on how much memory was free."""
 
     def __init__(self, keep: int | str, ceiling: int | None, modules: Sequence[nn.Module]) -> None:
         self.auto = keep == "auto"
@@ -38,11 +51,13 @@ class GraphKeeper:
         self.states: list[Any] = []  # whose `kept` holds representations with their graph
         self.largest = 0
         self.reason = ""
-        self.rewritten = self.blind = self.failed = False
+        self.rewritten = self.blind = self.failed = self.refused = self.exchanges = False
 
-    def open(self, devices: Iterable[torch.device]) -> None:
-        """A model comes. Devices seen for the first time get a budget; gradients not allocated yet are not free."""
-        self.rewritten, self.blind, self.need = False, False, Counter()
+    def open(self, devices: Iterable[torch.device], exchanges: bool = False) -> None:
+        """A model comes; `exchanges`: its forward needs other ranks. Devices seen for the first time get a budget;
+        gradients not allocated yet are not free."""
+        self.rewritten, self.blind, self.refused, self.need = False, False, False, Counter()
+        self.exchanges = exchanges
         new = [d for d in devices if self.auto and d not in self.budget]
         params = {p for m in self.modules for p in m.parameters() if p.requires_grad and p.grad is None} if new else ()
         for d in new:
@@ -67,15 +82,18 @@ class GraphKeeper:
     def fits(self, armed: bool, held: bool = False) -> bool:
         """May one more graph stay? `armed`: the chunk must be encoded last; `held`: its graph is already in memory."""
         self.largest = max(self.largest, self.need.total())
-        refusal = self._refusal(armed, held)
-        self.reason = self.reason or refusal
-        return not refusal
+        if not self.refused:
+            refusal = self._refusal(armed, held)
+            self.reason, self.refused = self.reason or refusal, bool(refusal)
+        return not self.refused
 
     def _refusal(self, armed: bool, held: bool) -> str:
         if len(self.states) >= self.limit:
             return f"at most {self.limit} since a step ran out of memory" if self.auto else f"keep_graphs={self.limit}"
         if armed:
-            return "the last chunk of a model with no_sync is encoded again, to arm its gradient reduction"
+            return "a chunk of a model with no_sync that arms its gradient reduction is encoded again"
+        if self.auto and self.exchanges:
+            return "the forward needs all ranks, which may keep different graphs; keep_graphs takes a number, too"
         if self.auto and self.rewritten:
             return "the forward rewrites a floating-point buffer in place, which a kept graph may have saved"
         if self.blind:
@@ -91,13 +109,19 @@ class GraphKeeper:
         return ""
 
     def take(self, state: Any, out: Any) -> None:
-        state.kept = out
+        state.kept, state.once = out, True
         self.states.append(state)
         self.used.update(self.need)
 
+    @property
+    def holds(self) -> bool:
+        return any(state.kept is not None for state in self.states)
+
     def surrender(self) -> int:
-        """Out of memory: drop every kept graph. Returns how many later steps may try."""
+        """Out of memory: drop every kept graph that is left. Returns how many later steps may try."""
         count = len(self.states)
+        for state in self.states:
+            state.once = state.kept is None  # its backward is done
         self.forget()
         self.limit, self.failed = 0, True
         self.reason = f"out of memory with {count} graphs kept: all dropped"

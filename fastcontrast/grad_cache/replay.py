@@ -21,6 +21,7 @@ class Replay:
         self.random = {d: _generator(d)[0]() for d in devices}
         self.buffers = buffers
         self.kept: Any = None  # representations with their graph, when this chunk is not to be encoded again
+        self.once = False  # it was not, or will not be
         self.frozen = False
         self.rows: list[int] = []  # of each tensor of the representations
 
@@ -70,8 +71,11 @@ def random_devices(modules: Sequence[nn.Module], among: Iterable[Tensor]) -> lis
     """Every device whose random generator an encoding may use."""
     inside = (t for m in modules for t in chain(m.parameters(), m.buffers()))
     devices = {torch.device("cpu"), *(t.device for t in chain(inside, among) if t.device.type != "meta")}
-    if torch.cuda.is_initialized():
-        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is not None:  # a plain function may carry its input there
+        in_use = getattr(torch.get_device_module(accelerator), "is_initialized", torch.accelerator.is_available)
+        if in_use():
+            devices.add(torch.device(accelerator.type, torch.accelerator.current_device_index()))
     return sorted(devices, key=str)
 
 
@@ -80,6 +84,6 @@ def _generator(device: torch.device) -> tuple[Callable[[], Tensor], Callable[[Te
     if device.type == "cpu":
         return torch.get_rng_state, torch.set_rng_state
     module = torch.get_device_module(device)
-    if device.type == "mps":
+    if device.type == "mps":  # one device, and functions without a place to name it
         return module.get_rng_state, module.set_rng_state
     return partial(module.get_rng_state, device), partial(module.set_rng_state, device=device)

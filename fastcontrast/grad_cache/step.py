@@ -7,6 +7,7 @@ With `E_c` the representations of chunk `c`, and the loss one function of all of
 So: encode every chunk, take the loss's gradient with respect to the representations alone (the *cache*), then send
 each chunk's slice of the cache through that chunk's own graph. A chunk whose graph was kept from the first pass is not
 encoded twice: when backward costs two forwards, keeping K of C makes a step (3 + (C − K)/C) / 4 of one that keeps none.
+What is kept does not change a bit of the result: chunks go backward in the same order.
 
 What "exact" takes. The second encoding sees the random state and the buffers of the first: dropout masks agree,
 BatchNorm's statistics move once a chunk, and the global random stream goes on as after one forward of every chunk.
@@ -28,12 +29,16 @@ from operator import index
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import chunks as _chunks
 from .chunks import leaves, map_leaves, tensors
-from .graph_keeper import GraphKeeper
+from .gradients import all_or_nothing, backward, leaf_of
+from .graph_keeper import GraphKeeper, out_of_memory
+from .reduction import arms, collective, learns_graph, no_sync, share_buffers
 from .replay import Buffers, Replay, random_devices
+from .tokens import split_tokens
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,9 @@ class GradCache:
 
     models          one encoder an input; the same object may come twice (tied towers)
     chunk_sizes     rows a chunk: an int, or one int a model; the last chunk may be smaller
+    chunk_tokens    tokens a chunk: an int, or one int or None a model. Consecutive rows go together while their number
+                    × the longest of them stays within it (and chunk_sizes); padding behind the longest is cut off. For
+                    inputs with an attention_mask [B, T], of models whose representations have no token dimension.
     loss_fn         called once a step, returns a scalar. Whatever requires grad in it gets its gradient: its own
                     parameters, captured tensors, tensors among `loss_kwargs`.
     split_input_fn  (input, chunk_size) -> chunks; else `split_inputs`
@@ -76,16 +84,24 @@ class GradCache:
                     order, all of model 0 before any of model 1. "auto": as many as fit in half of the memory that is
                     free (what host, memory cgroup and device report, less gradients not allocated yet), by the size of
                     each model's first graph; none where the forward rewrites a floating-point buffer that autograd may
-                    have saved. Out of memory while keeping drops every kept graph, and the step goes on.
+                    have saved, or needs other ranks. When memory runs out beside kept graphs (host or device, while
+                    encoding or in a loss on one process) all are dropped, what failed is done again, and later steps
+                    keep half as many. A backward that fails may have accumulated already: its error is raised.
     progress        a tqdm bar over chunk passes
 
-    An input is a tensor, a mapping (keyword arguments), a list or tuple (positional arguments), or `(args, kwargs)`,
-    nested as you like. Tensors are cut along dimension 0; numbers, strings, None and 0-dimensional tensors go to every
-    chunk. Inputs that require grad get theirs. Gradients accumulate into `.grad`.
+    An input is a tensor, a mapping (keyword arguments), a list or tuple (positional arguments: `[features]` for a
+    model that takes one mapping, as those of sentence-transformers), or `(args, kwargs)`, nested as you like. Tensors
+    are cut along dimension 0; numbers, strings, None and 0-dimensional tensors go to every chunk. Inputs that require
+    grad get theirs. Gradients accumulate into `.grad`.
 
-    With `no_sync_except_last=True` in the call, all backwards of a model but its last run under `model.no_sync()`
-    (DistributedDataParallel). The last chunk of such a model is always encoded again, since its forward arms the
-    reduction; and "auto", which may keep other chunks on other ranks, synchronises once a model whatever the flag.
+    Ranks. Give the model as DistributedDataParallel wraps it: it reduces once a step, in the backward of its last
+    chunk, so ranks may have different numbers of chunks and keep different graphs. That chunk is always encoded again,
+    since its forward arms the reduction. (With static_graph=True a backward of zeros precedes the first step, for the
+    reducer to learn the graph.) A model under FSDP2's fully_shard reduces in every backward, so that no rank holds the
+    gradients of all parameters; once a step with `no_sync_except_last=True` in the call. Its forward needs all ranks,
+    as SyncBatchNorm's does: the same number of chunks on each, and "auto" keeps none of them. The loss itself gathers
+    representations (`fastcontrast.distributed.gather`); its own parameters lie outside the wrapped models
+    (`mean_gradient`).
 
     After a step `plan` says what was kept and why, and `kept_graphs` how many.
 
@@ -104,6 +120,7 @@ class GradCache:
         *,
         autocast: torch.dtype | torch.autocast | Callable[[], AbstractContextManager] | None = None,
         keep_graphs: int | str = "auto",
+        chunk_tokens: int | Sequence[int | None] | None = None,
         progress: bool = False,
     ) -> None:
         if isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList):
@@ -114,14 +131,18 @@ class GradCache:
             raise ValueError("GradCache: an enabled scaler needs fp16=True or autocast=, got neither")
         if not (autocast is None or isinstance(autocast, torch.dtype) or callable(autocast)):
             raise TypeError(f"GradCache: autocast must be a dtype or make a context, got {type(autocast).__name__}")
+        if chunk_tokens is not None and split_input_fn is not None:
+            raise ValueError("GradCache: chunk_tokens and split_input_fn both cut the input, got both")
         self.models = list(models)
-        self.chunk_sizes = _chunk_sizes(chunk_sizes, len(self.models))
+        self.chunk_sizes = _chunk_sizes("chunk_sizes", chunk_sizes, len(self.models))
+        self.chunk_tokens = _chunk_sizes("chunk_tokens", chunk_tokens, len(self.models), optional=True)
         self.loss_fn, self.split_input_fn, self.get_rep_fn = loss_fn, split_input_fn, get_rep_fn
         self.fp16, self.scaler, self.progress = fp16, scaler, progress
         self.autocast = torch.float16 if fp16 and autocast is None else autocast
         self.keep_graphs = "auto" if keep_graphs == "auto" else _count("keep_graphs", keep_graphs, least=0)
         self.plan: Plan | None = None
         self._ceiling: int | None = None  # later steps of "auto" try no more, once memory ran out
+        self._keeper = GraphKeeper(0, None, [])
         self._frozen: tuple[bool, ...] = ()
         self._bar: Any = None
 
@@ -138,7 +159,8 @@ class GradCache:
         if len(model_inputs) != (count := len(self.models)):
             raise ValueError(f"GradCache: {count} models need {count} inputs, got {len(model_inputs)}")
         taps: list[tuple[Tensor, Tensor]] = []
-        inputs = [self._chunks(x, size, taps) for x, size in zip(model_inputs, self.chunk_sizes, strict=True)]
+        cuts = zip(model_inputs, self.chunk_sizes, self.chunk_tokens, strict=True)
+        inputs = [self._chunks(x, size, tokens, taps) for x, size, tokens in cuts]
         self._keeper = GraphKeeper(
             self.keep_graphs, self._ceiling, _modules(*self.models, self.get_rep_fn, self.loss_fn)
         )
@@ -149,15 +171,18 @@ class GradCache:
                 cache, loss = self.build_cache(*reps, **loss_kwargs)
                 cache = list(map(_split_cache, cache, states, self.chunk_sizes))
                 self._second_pass(inputs, cache, states, no_sync_except_last)
+                self._note(states)
         finally:
             self._keeper.forget()
             self._frozen = ()
         # One call, since the chunks hang on one graph; it walks whatever made the inputs once.
-        _backward([x for x, _ in taps], [leaf.grad for _, leaf in taps])
+        backward([x for x, _ in taps], [leaf.grad for _, leaf in taps])
         return loss
 
-    def split_inputs(self, model_input: Any, chunk_size: int) -> list[Any]:
+    def split_inputs(self, model_input: Any, chunk_size: int, chunk_tokens: int | None = None) -> list[Any]:
         """Chunks of one model's input, in its own structure (mappings become dict)."""
+        if chunk_tokens is not None:
+            return split_tokens(model_input, chunk_size, chunk_tokens)
         return list((self.split_input_fn or _chunks.split)(model_input, chunk_size))
 
     def get_input_tensors(self, model_input: Any) -> list[Tensor]:
@@ -179,7 +204,7 @@ class GradCache:
         return model_out if self.get_rep_fn is None else self.get_rep_fn(model_out)
 
     def compute_loss(self, *reps: Any, **loss_kwargs: Any) -> Tensor:
-        """The loss of the whole batch; called once a step."""
+        """The loss of the whole batch; called once a step, and again where memory ran out beside kept graphs."""
         return self.loss_fn(*reps, **loss_kwargs)
 
     def forward_no_grad(self, model: Callable[..., Any], model_inputs: list[Any]) -> tuple[Any, list[Replay]]:
@@ -190,12 +215,14 @@ class GradCache:
         second pass takes."""
         keeper, modules = self._keeper, _modules(model, self.get_rep_fn)
         devices = random_devices(modules, (t for chunk in model_inputs for t in self.get_input_tensors(chunk)))
+        keeper.open(devices, collective(modules))
+        share_buffers(model)
         buffers = Buffers(modules)
-        keeper.open(devices)
+        last = len(model_inputs) - 1 if arms(model) else None
         reps, states, trains = [], [], True
-        with _no_sync(model):
+        with no_sync(model):
             for i, chunk in enumerate(model_inputs):
-                first, armed = i == 0, i == len(model_inputs) - 1 and hasattr(model, "no_sync")
+                first, armed = i == 0, i == last
                 state = Replay(devices, buffers.snapshot() if trains else {})
                 graph = first or (trains and keeper.fits(armed))
                 out = self._encode_first(model, chunk, state, graph, buffers if first else None)
@@ -208,21 +235,31 @@ class GradCache:
                 states.append(state)
                 del out  # else a graph that does not stay lives until the next chunk is encoded
                 self._tick()
-        return _chunks.cat(reps), states
+        return self._afford(lambda: _chunks.cat(reps)), states
 
     def build_cache(self, *reps: Any, **loss_kwargs: Any) -> tuple[list[Any], Tensor]:
         """dL/dE in the structure of `reps`, None where the loss does not depend on it; and the detached loss."""
         trains = [not frozen for frozen in self._frozen] or [True] * len(reps)
-        reps = [map_leaves(partial(_leaf, trains=t), r) for t, r in zip(trains, reps, strict=True)]
-        with self._autocast(t for r in reps for t in leaves(r)):
-            loss = self.compute_loss(*reps, **loss_kwargs)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise TypeError(f"GradCache: loss_fn must return a scalar tensor, got {came}")
-        if not loss.requires_grad:
-            raise RuntimeError("GradCache: nothing requires grad: no representation, no loss parameter, or no_grad")
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-        return [map_leaves(lambda t: t.grad, r) for r in reps], loss.detach()
+        # Another attempt on one rank alone would meet other collectives there than its peers are in.
+        sound = self._keeper.auto and self._keeper.holds and not (dist.is_available() and dist.is_initialized())
+        modules = _modules(self.loss_fn)
+        state = Replay(random_devices(modules, tensors(list(reps))), Buffers(modules).snapshot() if sound else {})
+
+        def attempt() -> tuple[list[Any], Tensor]:
+            cut = [map_leaves(partial(leaf_of, trains=t), r) for t, r in zip(trains, reps, strict=True)]
+            with self._autocast(t for r in cut for t in leaves(r)):
+                loss = self.compute_loss(*cut, **loss_kwargs)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                came = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+                raise TypeError(f"GradCache: loss_fn must return a scalar tensor, got {came}")
+            if not loss.requires_grad:
+                raise RuntimeError("GradCache: nothing requires grad: no representation, no loss parameter, or no_grad")
+            scaled = loss if self.scaler is None else self.scaler.scale(loss)
+            with all_or_nothing(scaled) if sound else nullcontext():
+                scaled.backward()
+            return [map_leaves(lambda t: t.grad, r) for r in cut], loss.detach()
+
+        return self._afford(attempt, state.rewind, sound=sound)
 
     def forward_backward(
         self,
@@ -232,22 +269,20 @@ class GradCache:
         random_states: list[Replay],
         no_sync_except_last: bool = False,
     ) -> None:
-        """Second pass over one model. Kept graphs go first: their memory is back before anything is encoded again."""
-        kept = [getattr(state, "kept", None) for state in random_states]
-        order = sorted(range(len(kept)), key=lambda i: kept[i] is None)
-        once = no_sync_except_last or self.keep_graphs == "auto"
-        for i in order:
-            with _no_sync(model, kept[i] is not None or (once and i != order[-1])):
-                if kept[i] is None:
-                    with random_states[i], torch.enable_grad():
-                        kept[i] = self._encode(model, model_inputs[i])
-                _backward(kept[i], cached_gradients[i])
-            kept[i] = random_states[i].kept = None
+        """Second pass over one model; gradients are reduced over ranks in its last backward, or in all of them."""
+        last = len(model_inputs) - 1
+        for i, (chunk, state) in enumerate(zip(model_inputs, random_states, strict=True)):
+            with no_sync(model, no_sync_except_last and i != last):
+                out = getattr(state, "kept", None)
+                if out is None:
+                    out = self._encode_again(model, chunk, state)
+                self._afford(partial(backward, out, cached_gradients[i]), sound=False)
+            out = state.kept = None
             self._tick()
 
     def _encode(self, model: Callable[..., Any], model_input: Any) -> Any:
         with self._autocast(chain(self.get_input_tensors(model_input), *(m.parameters() for m in _modules(model)))):
-            reps = self.get_reps(self.model_call(model, model_input))
+            reps = self.get_reps(self.model_call(model, _chunks.fresh(model_input)))
         for leaf in leaves(reps) or [None]:
             if not isinstance(leaf, Tensor) or leaf.dim() == 0:
                 came = "a 0-dimensional tensor" if isinstance(leaf, Tensor) else type(leaf).__name__
@@ -257,27 +292,61 @@ class GradCache:
     def _encode_first(self, model: Any, chunk: Any, state: Replay, graph: bool, watch: Buffers | None) -> Any:
         """Encode in the first pass, with a graph or without; a model's first chunk is also measured and watched."""
         keeper, out = self._keeper, None
-        meter = keeper.meter(tensors(chunk)) if watch is not None and keeper.auto else None
-        try:
+        meter = keeper.meter(tensors(chunk)) if watch is not None and keeper.auto and not keeper.exchanges else None
+
+        def attempt() -> Any:
             with torch.set_grad_enabled(graph), meter or nullcontext():
-                out = self._encode(model, chunk)
-        except torch.OutOfMemoryError:
-            if not (keeper.auto and (graph or keeper.states)):
-                raise
-            self._ceiling = keeper.surrender()
+                return self._encode(model, chunk)
+
+        def without_graph() -> None:
+            nonlocal graph
+            graph = False
+            state.rewind()
+
+        try:
+            out = self._afford(attempt, without_graph, sound=not keeper.exchanges, graph=graph)
         except RuntimeError as error:  # torch.func.grad inside the model works, but not under a meter
             if meter is None or "saved tensor hooks" not in str(error):
                 raise
             keeper.blind = True
-        if out is None:  # not in a handler, whose traceback holds what the failed forward allocated
-            keeper.release()
+        if out is None:
             state.rewind()
-            with torch.set_grad_enabled(keeper.blind):
+            with torch.enable_grad():
                 out = self._encode(model, chunk)
         if watch is not None:
             watch.learn(state)
             keeper.rewritten = watch.rewritten
         return out
+
+    def _encode_again(self, model: Any, chunk: Any, state: Any) -> Any:
+        def attempt() -> Any:
+            with state, torch.enable_grad():
+                return self._encode(model, chunk)
+
+        return self._afford(attempt, sound=not collective(_modules(model, self.get_rep_fn)))
+
+    def _afford(
+        self,
+        attempt: Callable[[], Any],
+        before_again: Callable[[], None] = lambda: None,
+        sound: bool = True,
+        graph: bool = False,
+    ) -> Any:
+        """`attempt()`. If memory runs out while graphs are kept ("auto"; or with `graph`, one to be kept), they are
+        dropped, and it is tried once more where that is sound."""
+        keeper = self._keeper
+        try:
+            return attempt()
+        except (MemoryError, RuntimeError) as error:
+            if not (out_of_memory(error) and keeper.auto and (graph or keeper.holds)):
+                raise
+            self._ceiling = keeper.surrender()
+            if not sound:
+                raise
+        # Not in the handler, whose traceback holds what the failed attempt allocated.
+        keeper.release()
+        before_again()
+        return attempt()
 
     def _second_pass(self, inputs: list[Any], cache: list[Any], states: Any, no_sync_except_last: bool) -> None:
         todo = [i for i, chunks in enumerate(cache) if any(g is not None for g in leaves(chunks))]
@@ -285,20 +354,28 @@ class GradCache:
             self._bar.total += sum(len(inputs[i]) for i in todo)
         for place, i in enumerate(todo):
             model = self.models[i]
+            once = no_sync_except_last or arms(model)
             again = any(self.models[j] is model for j in todo[place + 1 :])  # its last backward is still to come
-            with _no_sync(model, no_sync_except_last and again):
-                self.forward_backward(model, inputs[i], cache[i], states[i], no_sync_except_last=no_sync_except_last)
+            if learns_graph(model):
+                self._teach_graph(model, inputs[i][0], cache[i][0], states[i][0])
+            with no_sync(model, once and again):
+                self.forward_backward(model, inputs[i], cache[i], states[i], no_sync_except_last=once)
 
-    def _chunks(self, model_input: Any, chunk_size: int, taps: list[tuple[Tensor, Tensor]]) -> list[Any]:
+    def _teach_graph(self, model: Any, chunk: Any, gradients: Any, state: Any) -> None:
+        """One backward of zeros. It is reduced on every rank, however many chunks there are."""
+        zeros = map_leaves(torch.zeros_like, gradients)
+        backward(self._encode_again(model, chunk, state), zeros)
+
+    def _chunks(self, model_input: Any, size: int, tokens: int | None, taps: list[tuple[Tensor, Tensor]]) -> list[Any]:
         """Chunks whose differentiable tensors are cut off as leaves; `taps` remembers where they belong."""
 
         def tap(t: Tensor) -> Tensor:
             if not t.requires_grad:
                 return t
-            taps.append((t, _leaf(t)))
+            taps.append((t, leaf_of(t)))
             return taps[-1][1]
 
-        chunks = self.split_inputs(model_input, chunk_size)
+        chunks = self.split_inputs(model_input, size, *(() if tokens is None else (tokens,)))
         if not chunks:
             raise ValueError("GradCache: split_input_fn must return at least one chunk, got none")
         return [map_leaves(tap, c) if any(t.requires_grad for t in tensors(c)) else c for c in chunks]
@@ -313,7 +390,7 @@ class GradCache:
     def _note(self, states: Sequence[Sequence[Any]]) -> None:
         keeper = self._keeper
         self._frozen = tuple(all(getattr(s, "frozen", False) for s in chunks) for chunks in states)
-        kept = tuple(sum(getattr(s, "kept", None) is not None for s in chunks) for chunks in states)
+        kept = tuple(sum(getattr(s, "once", False) for s in chunks) for chunks in states)
         sizes = tuple(map(len, states))
         self.plan = Plan(sizes, kept, self._frozen, keeper.largest, keeper.budget_bytes, keeper.why())
 
@@ -337,20 +414,6 @@ def _modules(*candidates: Any) -> list[nn.Module]:
     return [m for m in candidates if isinstance(m, nn.Module)]
 
 
-def _no_sync(model: Any, on: bool = True) -> AbstractContextManager:
-    return model.no_sync() if on and hasattr(model, "no_sync") else nullcontext()
-
-
-def _leaf(t: Tensor, trains: bool = True) -> Tensor:
-    return t.detach().requires_grad_(trains and (t.is_floating_point() or t.is_complex()))
-
-
-def _backward(out: Any, gradients: Any) -> None:
-    pairs = [(t, g) for t, g in zip(leaves(out), leaves(gradients), strict=True) if g is not None and t.requires_grad]
-    if pairs:
-        torch.autograd.backward(*map(list, zip(*pairs, strict=True)))
-
-
 def _split_cache(cache: Any, states: Sequence[Any], chunk_size: int) -> list[Any]:
     """The cache cut as the representations came; by chunk size where a subclass brings states of its own."""
     known = all(hasattr(state, "rows") for state in states)
@@ -363,10 +426,10 @@ def _count(name: str, value: Any, least: int) -> int:
     return index(value)
 
 
-def _chunk_sizes(sizes: Any, models: int) -> list[int]:
+def _chunk_sizes(name: str, sizes: Any, models: int, optional: bool = False) -> list[Any]:
     if models == 0:
         raise ValueError("GradCache: models must hold at least one model, got none")
     sizes = list(sizes) if isinstance(sizes, (list, tuple)) else [sizes] * models
     if len(sizes) != models:
-        raise ValueError(f"GradCache: {models} models need one chunk size or {models}, got {len(sizes)}")
-    return [_count("chunk_sizes", size, least=1) for size in sizes]
+        raise ValueError(f"GradCache: {models} models need 1 or {models} {name}, got {len(sizes)}")
+    return [None if optional and size is None else _count(name, size, least=1) for size in sizes]
