@@ -307,6 +307,13 @@ def gradients(
     return sums[:3]
 
 
+def _run_of(indices: Tensor) -> slice | None:
+    """The slice that lists the same rows, if there is one."""
+    first = int(indices[0]) if indices.numel() else 0
+    whole = torch.arange(first, first + indices.numel())
+    return slice(first, first + indices.numel()) if torch.equal(indices, whole) else None
+
+
 def add_softmax_gradients(
     sweep: Sweep,
     rows: Tensor,  # [M]
@@ -320,9 +327,10 @@ def add_softmax_gradients(
     """
     exponentials, shares = softmax
     q, indices = sweep.queries.float(), sweep.masks.positives
+    run = _run_of(indices)  # a slice is read and written in parallel, listed rows one after the other
     if sums.queries is not None:
         torch.mul(mix, rows[:, None], out=sums.queries)
-        sums.queries.addcmul_(sweep.keys[indices].float(), own[:, None])
+        sums.queries.addcmul_(sweep.keys[indices if run is None else run].float(), own[:, None])
     for i0, m, j0, n in sweep.tiles(sweep.m):
         share = rows[i0 : i0 + m] * shares[j0 // sweep.columns, i0 : i0 + m]
         tile = sweep.tile(i0, m, j0, n, exponentials)
@@ -332,7 +340,9 @@ def add_softmax_gradients(
             _add(sums.keys, j0, tile.t(), scaled, first=not i0 and not sums.started)
         if sums.key_bias is not None:
             sums.key_bias[j0 : j0 + n].addmv_(tile.t(), share)
-    if sums.keys is not None:
+    if sums.keys is not None and run is not None:
+        sums.keys[run].addcmul_(q, own[:, None])
+    elif sums.keys is not None:
         sums.keys.index_add_(0, indices, q * own[:, None])
     if sums.key_bias is not None:
         sums.key_bias.index_add_(0, indices, own)
