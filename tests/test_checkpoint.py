@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from fastcontrast import InfoNCELoss
 from fastcontrast.distributed import exchange
 from fastcontrast.ema import EMATeacher, cosine_momentum
 from fastcontrast.memory import MemoryBank
+from fastcontrast.testing import ranks
 
 STEPS, STOP = 7, 4
 SIZES = ((5, 3), (4, 4), (1, 6), (6, 0), (3, 3), (2, 5), (5, 5))  # rows of two ranks; one process takes the first

@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import pytest
-import ranks
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 from fastcontrast import GradCache, clip_loss, data, towers
 from fastcontrast.demo import command, loss_stage, training
 from fastcontrast.demo.recall import chance, recall
+from fastcontrast.testing import ranks
 
 
 @pytest.fixture(scope="module")

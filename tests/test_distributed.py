@@ -3,13 +3,13 @@
 import functools
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
 import fastcontrast as fc
 from fastcontrast import distributed as fd
+from fastcontrast.testing import ranks
 
 SIZES = [(3,), (4, 4), (1, 4), (0, 3), (3, 3, 3), (5, 1, 2), (0, 2, 0)]
 

@@ -1,14 +1,13 @@
 """What a distributed loss must keep, over widths, precisions, scales and hard cases, on 1, 2 and 3 ranks."""
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
 import fastcontrast as fc
 from fastcontrast import distributed as fd
-from fastcontrast.testing import assert_as_good_as
+from fastcontrast.testing import assert_as_good_as, ranks
 
 WIDTHS = (1, 15, 100, 384, 640, 1152, 4096)
 SIZES = {1: (67,), 2: (50, 17), 3: (30, 37, 0)}

@@ -3,7 +3,6 @@
 from functools import partial
 
 import pytest
-import ranks
 import torch
 from host_reads import host_reads
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from fastcontrast.ema import EMATeacher, cosine_momentum
+from fastcontrast.testing import ranks
 
 
 class Tied(nn.Module):

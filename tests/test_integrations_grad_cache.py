@@ -3,7 +3,6 @@
 import copy
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -19,6 +18,7 @@ from fastcontrast.integrations.grad_cache import (
     cat_input_tensor,
     gather_input_tensor,
 )
+from fastcontrast.testing import ranks
 
 D = 7
 pytestmark = pytest.mark.usefixtures("one_thread")

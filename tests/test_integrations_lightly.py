@@ -7,7 +7,6 @@ import tempfile
 import warnings
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from lightly import loss as originals  # noqa: E402
 
 from fastcontrast.integrations import lightly as ours  # noqa: E402
 from fastcontrast.ops import trace  # noqa: E402
-from fastcontrast.testing import assert_as_good_as, relative_error  # noqa: E402
+from fastcontrast.testing import assert_as_good_as, ranks, relative_error  # noqa: E402
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),

@@ -7,13 +7,12 @@ import warnings
 from types import ModuleType, SimpleNamespace
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
 from fastcontrast.ops import trace
-from fastcontrast.testing import assert_as_good_as, relative_error
+from fastcontrast.testing import assert_as_good_as, ranks, relative_error
 
 if importlib.util.find_spec("open_clip") is None:
     pytest.skip("open_clip is not installed", allow_module_level=True)
@@ -242,9 +241,61 @@ def test_it_compiles_into_one_graph(name):
         assert_equal(evaluate(compiled, name, inputs), truth, where=name)
 
 
+def test_a_loss_asked_for_again_is_computed_once():
+    """As open_clip's loop asks for every chunk with --accum-freq."""
+    theirs, ours = modules()
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = batch(12, 6, dtype)
+        truth = evaluate(theirs.ClipLoss(), "ClipLoss", inputs, torch.float64)
+        fresh = evaluate(ours.ClipLoss(), "ClipLoss", inputs)
+        loss = ours.ClipLoss()
+        loss.reuse = True
+        with trace() as ran:
+            for _ in range(4):
+                found = evaluate(loss, "ClipLoss", inputs)
+                if dtype == torch.float32:
+                    assert_equal(found, truth)
+                for name, x in fresh.items():
+                    torch.testing.assert_close(found[name], x, rtol=1e-2 if x.dtype == dtype else 1e-5, atol=1e-6)
+            assert len(ran) == 1
+            for name in ("image_features", "text_features", "logit_scale"):
+                changed = {**inputs, name: inputs[name] * 1.01}
+                evaluated = evaluate(ours.ClipLoss(), "ClipLoss", changed)
+                again = evaluate(loss, "ClipLoss", changed)
+                assert relative_error(again["contrastive_loss"], evaluated["contrastive_loss"]) < 1e-5
+            assert len(ran) == 1 + 2 * 3
+        with torch.no_grad():
+            assert torch.equal(loss(*(changed[x] for x in ARGUMENTS["ClipLoss"])), again["contrastive_loss"])
+
+
 # -------------------------------------------------------------------------------------------------------------- ranks
 
 N = 5
+
+
+def _asked_again():
+    """One rank finds other features: all must compute."""
+    _, ours = modules_on_a_rank()
+    rank, found = dist.get_rank(), []
+    modes = {"gather_with_grad": True, "local_loss": True, "rank": rank, "world_size": 2}
+    loss = ours.ClipLoss(**modes)
+    loss.reuse = True
+    for step in (0, 0, 1):
+        inputs = batch(N, 7, seed=rank + (step if rank else 0))
+        with trace() as ran:
+            again = evaluate(loss, "ClipLoss", inputs)
+        alone = evaluate(
+            ours.ClipLoss(gather_with_grad=True, local_loss=True, rank=rank, world_size=2), "ClipLoss", inputs
+        )
+        assert_equal(again, alone)
+        found.append(len(ran))
+    return found
+
+
+def test_ranks_agree_on_what_is_asked_again():
+    assert ranks.run(2, _asked_again) == [[1, 0, 1]] * 2
+
+
 MODES = [{"local_loss": local, "gather_with_grad": grad} for local in (False, True) for grad in (False, True)]
 ROUTES = [{"dist_impl": impl} for impl in ("bidir", "shift", "reduce", "gather")]
 
@@ -338,6 +389,7 @@ TEXT = {"context_length": 6, "vocab_size": 20, "width": 16, "heads": 2, "layers"
 CASES = {
     "clip": {},
     "clip, accumulated": {"accum_freq": 2},
+    "clip, accumulated, reused": {"accum_freq": 2, "reuse": True},
     "clip, bfloat16": {"precision": "amp_bf16"},
     "clip, scaled gradients": {"scaler": True},
     "siglip, accumulated": {"siglip": True, "accum_freq": 2},
@@ -350,7 +402,7 @@ DEFAULTS = {
     "coca_caption_loss_weight": 2.0, "coca_contrastive_loss_weight": 1.0, "local_loss": False, "device": "cpu",
     "gather_with_grad": False, "rank": 0, "world_size": 1, "horovod": False, "loss_dist_impl": None, "local_rank": 0,
     "skip_scheduler": True, "grad_clip_norm": None, "log_every_n_steps": 1, "batch_size": 7, "wandb": False,
-    "log_local": False, "distributed": False,
+    "log_local": False, "distributed": False, "reuse": False,
 }  # fmt: skip
 
 
@@ -399,10 +451,13 @@ def test_open_clips_training_ends_at_the_same_weights(case, monkeypatch):
     expected, original = _train(args)
     for name in ("ClipLoss", "SigLipLoss", "CoCaLoss", "DistillClipLoss"):
         monkeypatch.setattr(factory, name, getattr(ours, name))
+    monkeypatch.setattr(ours.ClipLoss, "reuse", args.reuse)
     with trace() as ran:
         found, loss = _train(args)
     assert type(loss) is getattr(ours, type(original).__name__)
     assert bool(ran) == (case != "coca, captions alone")
+    if case.startswith("clip, accumulated"):
+        assert len(ran) == (2 if args.reuse else 4), "of 2 steps, of which each asks 2 times"
     assert "open_clip" not in {choice.implementation for choice in ran}
     assert found.norm() > 0.01
     if args.precision == "fp32":

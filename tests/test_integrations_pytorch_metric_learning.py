@@ -3,7 +3,6 @@
 import itertools
 
 import pytest
-import ranks
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +16,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 import fastcontrast
 from fastcontrast.integrations import pytorch_metric_learning as ours
 from fastcontrast.ops import trace
-from fastcontrast.testing import assert_as_good_as, relative_error
+from fastcontrast.testing import assert_as_good_as, ranks, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 NAMES = ("NTXentLoss", "SupConLoss")

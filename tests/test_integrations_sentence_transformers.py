@@ -425,7 +425,7 @@ SERVER = """
 import multiprocessing.forkserver, pickle, sys
 multiprocessing.forkserver.set_forkserver_preload(["conftest", sys.argv[1]])
 multiprocessing.forkserver.ensure_running()
-import ranks
+from fastcontrast.testing import ranks
 pickle.dump([ranks.run(world, pickle.loads, call) for world, call in pickle.load(sys.stdin.buffer)], sys.stdout.buffer)
 """
 

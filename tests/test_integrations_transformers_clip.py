@@ -7,7 +7,6 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -26,6 +25,7 @@ from fastcontrast.integrations.transformers import (  # noqa: E402
     unpatch_siglip,
 )
 from fastcontrast.ops import _workspace, trace  # noqa: E402
+from fastcontrast.testing import ranks  # noqa: E402
 
 OLD = transformers.__version__ < "5"
 TEXT = {

@@ -1,7 +1,6 @@
 """A memory bank is the last Q rows, on one process and on several ranks, and what a loss makes of them."""
 
 import pytest
-import ranks
 import torch
 from host_reads import host_reads
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fastcontrast import info_nce
 from fastcontrast.distributed import exchange
 from fastcontrast.memory import MemoryBank
+from fastcontrast.testing import ranks
 
 
 def rows(count: int, width: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -5,7 +5,6 @@ import re
 from pathlib import Path
 
 import pytest
-import ranks
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
@@ -13,6 +12,7 @@ from torch.nn import functional as F
 import fastcontrast as fc
 from fastcontrast import distributed as fd
 from fastcontrast.distributed.plan import plan, ring_seconds
+from fastcontrast.testing import ranks
 
 # What the page assumes: an H200's products in half precision, and 400 Gbit/s from node to node.
 on_h200 = functools.partial(plan, flops=790e12, bandwidth=50e9)

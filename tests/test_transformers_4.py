@@ -14,7 +14,6 @@ FILES = ("test_contrastive_search.py", "test_two_logits.py", "test_measures.py",
          "test_x_clip.py")  # fmt: skip
 
 
-
 @pytest.mark.skipif(not OLD.exists(), reason="`make build/transformers-4.57` has not installed it")
 def test_with_the_oldest_transformers():
     environment = {**os.environ, "PYTHONPATH": str(OLD)}

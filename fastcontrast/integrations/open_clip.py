@@ -26,6 +26,8 @@ from fastcontrast.losses import clip_loss, distill_loss, info_nce, siglip_loss
 from fastcontrast.ops._dispatch import Choice, note
 from fastcontrast.ops._precision import for_products
 
+from ._recall import Recall
+
 # term(images, texts, scale): both directions; with `own`, the index of each image's text, of the images alone
 Term = Callable[..., Tensor]
 
@@ -86,6 +88,8 @@ class ClipLoss(theirs.ClipLoss):
         exchange: "gather", or "ring", which holds two ranks' texts instead of all.
         equal: every rank always holds as many rows, as open_clip demands: nobody is asked. False: they may differ where
             features are exchanged; local_loss=False then is the loss of all rows.
+        reuse: True for a loop that asks for the loss of equal features several times in a row, as open_clip's does for
+            every chunk with --accum-freq: it is computed once. Features and their gradients are kept meanwhile.
 
     Raises: ValueError where rank and world_size are not those of the process group.
     Source: open_clip; Radford et al. 2021.
@@ -93,6 +97,7 @@ class ClipLoss(theirs.ClipLoss):
 
     exchange = "gather"
     equal = False
+    reuse = False
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class ClipLoss(theirs.ClipLoss):
     ):
         super().__init__(local_loss, gather_with_grad, cache_labels, rank, world_size)
         self.use_horovod = use_horovod  # which newer versions no longer take
+        self._recall = Recall()
 
     def forward(
         self,
@@ -118,10 +124,17 @@ class ClipLoss(theirs.ClipLoss):
         if (why := _asks_for_logits(self, theirs.ClipLoss, methods, logit_scale, logit_bias)) is not None:
             _note(self, why)
             return super().forward(image_features, text_features, logit_scale, logit_bias, output_dict)
-        (loss,) = self._over_ranks([_contrastive], [image_features], [text_features], logit_scale)
+        if self.reuse and not torch.compiler.is_compiling():
+            scale = torch.as_tensor(logit_scale, dtype=torch.float32, device=image_features.device)
+            loss = self._recall(self._contrastive_loss, image_features, text_features, scale)
+        else:
+            loss = self._contrastive_loss(image_features, text_features, logit_scale)
         if isinstance(logit_bias, Tensor):
             loss = loss + (0.0 * logit_bias).sum().to(loss.dtype)
         return {"contrastive_loss": loss} if output_dict else loss
+
+    def _contrastive_loss(self, image_features: Tensor, text_features: Tensor, scale: float | Tensor) -> Tensor:
+        return self._over_ranks([_contrastive], [image_features], [text_features], scale)[0]
 
     def _over_ranks(
         self, terms: list[Term], images: list[Tensor], texts: list[Tensor], scale: float | Tensor

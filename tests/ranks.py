@@ -1,1 +1,0 @@
-from fastcontrast.testing.ranks import RankError, run  # noqa: F401
