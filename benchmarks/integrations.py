@@ -377,7 +377,7 @@ def workloads(quick: bool) -> list[Workload]:
         return [replace(workload, bars=()) for workload in small]
     fifty = (Bar("pytorch-metric-learning", OURS, at_least=50.0),)
     return [
-        cached_ranking(4096, 768, 20.0), cached_gist(2048, 768, 20.0), training_step(256),
+        cached_ranking(4096, 768, 20.0), cached_gist(1024, 768, 20.0), training_step(256),
         nt_xent(256, 128, fifty), nt_xent(1024, 128, fifty), nt_xent(16384, 128), supcon(4096, 128),
         lightly_nt_xent(2048, 128), open_clip(8192, 512), open_clip_siglip(8192, 512), accumulated(8192, 512),
         transformers_clip(4096, 512),

@@ -19,3 +19,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+# Tests that each run minutes of others in a process of their own. They start first, so that at the end no worker is left
+# alone with one.
+LONGEST = ("test_transformers_4.py", "test_compile_gate.py", "test_kernels.py")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONGEST)
