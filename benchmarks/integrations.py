@@ -65,12 +65,17 @@ def cached(inputs: Iterable[Tensor], call: Callable[[list[list[Tensor]]], Tensor
 
     def step() -> tuple[Tensor, ...]:
         loss = call(reps)
-        gradients = [torch.cat([part.grad for part in parts]) for parts in reps]
+        gradients = [part.grad for parts in reps for part in parts]
         for part in (part for parts in reps for part in parts):
             part.grad = None
         return (loss.detach(), *gradients)
 
     return step
+
+
+def in_parts(exact: Callable[[Batch], tuple[Tensor, ...]], batch: Batch) -> tuple[Tensor, ...]:
+    loss, *gradients = exact(batch)
+    return (loss, *(part for gradient in gradients for part in gradient.split(MINI_BATCH)))
 
 
 def stages(make: Callable) -> dict[str, Provider]:
@@ -88,8 +93,9 @@ def cached_ranking(n: int, d: int, at_least: float) -> Workload:
         return cached((batch.queries, batch.keys), partial(loss.calculate_loss, with_backward=True))
 
     providers = stages(make)
-    exact = partial(truth, "info_nce", at=20.0, scale=False, normalise=True)
+    exact = partial(in_parts, partial(truth, "info_nce", at=20.0, scale=False, normalise=True))
     shape = Shape(f"sentences_{n}", n, n, d)
+    # Three bare products of 4,096 × 768 take a seventeenth of the library's time.
     bars = (Bar("sentence-transformers", OURS, at_least=at_least),)
     label = f"CachedMultipleNegativesRankingLoss, loss stage {n} × {d}"
     return Workload(label, shape, TINY, make_batch, exact, providers, floor(3), bars, reps=3)
@@ -129,7 +135,8 @@ def cached_gist(n: int, d: int, at_least: float) -> Workload:
     )
     shape = Shape(f"sentences_{n}", n, n, d)
     label = f"CachedGISTEmbedLoss, loss stage {n} × {d}"
-    return Workload(label, shape, TINY, make_batch, gist_truth, providers, {}, bars, reps=3)
+    exact = partial(in_parts, gist_truth)
+    return Workload(label, shape, TINY, make_batch, exact, providers, {}, bars, reps=3)
 
 
 def guided(batch: Batch) -> list[Tensor]:
@@ -175,14 +182,15 @@ def training_step(n: int) -> Workload:
         return (loss.detach(), *torch.autograd.grad(loss, batch.parameters(model)))
 
     providers = {name: Provider(partial(make, losses), memory=True) for name, losses in ST.items()}
+    # Nearly all of a step is the encoder's: of one code two runs differ by some percent, their high-water marks by 15.
     bars = (
-        Bar(OURS, "sentence-transformers", at_most=1.0),
-        Bar(OURS, "sentence-transformers", at_most=1.0, what="peak_extra_bytes"),
+        Bar(OURS, "sentence-transformers", at_most=1.03),
+        Bar(OURS, "sentence-transformers", at_most=1.2, what="peak_extra_bytes"),
     )
     shape, tiny = Shape(f"texts_{n}", n, n, 384), Shape("tiny", 8, 8, 384)
     label = f"CachedMultipleNegativesRankingLoss, MiniLM, {n} pairs"
     # float32 of six layers against float64
-    return Workload(label, shape, tiny, Sentences, exact, providers, {}, bars, reps=5, tolerance=1e-4)
+    return Workload(label, shape, tiny, Sentences, exact, providers, {}, bars, reps=3, tolerance=1e-4)
 
 
 # -------------------------------------------------------------------------------------------- pytorch-metric-learning
@@ -326,7 +334,8 @@ class Towers(nn.Module):
         clip = need("transformers.models.clip", "transformers")
         torch.manual_seed(0)
         one = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 1}
-        text = clip.CLIPTextConfig(**one, vocab_size=100, max_position_embeddings=4, eos_token_id=99)
+        tokens = {"bos_token_id": 98, "eos_token_id": 99, "pad_token_id": 0}
+        text = clip.CLIPTextConfig(**one, vocab_size=100, max_position_embeddings=4, **tokens)
         vision = clip.CLIPVisionConfig(**one, image_size=4, patch_size=4)
         self.model = clip.CLIPModel(
             clip.CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=shape.d)
@@ -377,7 +386,7 @@ def workloads(quick: bool) -> list[Workload]:
         return [replace(workload, bars=()) for workload in small]
     fifty = (Bar("pytorch-metric-learning", OURS, at_least=50.0),)
     return [
-        cached_ranking(4096, 768, 20.0), cached_gist(1024, 768, 20.0), training_step(256),
+        cached_ranking(4096, 768, 10.0), cached_gist(1024, 768, 20.0), training_step(1024),
         nt_xent(256, 128, fifty), nt_xent(1024, 128, fifty), nt_xent(16384, 128), supcon(4096, 128),
         lightly_nt_xent(2048, 128), open_clip(8192, 512), open_clip_siglip(8192, 512), accumulated(8192, 512),
         transformers_clip(4096, 512),

@@ -21,8 +21,8 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# Tests that each run minutes of others in a process of their own. They start first, so that at the end no worker is left
-# alone with one.
+# Each of their tests runs others in a process of its own, for a minute or more. They start first, so that at the end no
+# worker is left alone with one.
 LONGEST = ("test_transformers_4.py", "test_compile_gate.py", "test_kernels.py")
 
 

@@ -187,6 +187,26 @@ def test_a_gradient_scaler_changes_nothing(how):
         torch.testing.assert_close(scaled, plain, rtol=1e-6, atol=1e-9)
 
 
+def _backward_in_autocast(how):
+    torch.manual_seed(dist.get_rank())
+    q, k, tq, tk = (F.normalize(torch.randn(21, 30), dim=1) for _ in range(4))
+    labels, found = torch.arange(21) % 5, []
+    for inside in (False, True):
+        leaves = [x.clone().requires_grad_() for x in (q, k)]
+        with fd.exchange(how), torch.autocast("cpu", torch.bfloat16, enabled=inside):
+            loss = fc.distill_loss(*leaves, tq, tk, 8.0) + fc.clip_loss(*leaves, 8.0, ids=labels, label_smoothing=0.1)
+            loss = loss + fc.multi_positive_loss(*leaves, 8.0, query_labels=labels, key_labels=labels)
+            (loss + fc.siglip_loss(*leaves, 8.0, -2.0, reduction="none").sum()).backward()
+        found.append([loss.detach(), *(x.grad for x in leaves)])
+    return found
+
+
+@pytest.mark.parametrize("how", ["gather", "ring"])
+def test_autocast_rounds_nothing_also_around_the_backward(how):
+    for outside, inside in ranks.run(2, _backward_in_autocast, how):
+        assert all(map(torch.equal, inside, outside))
+
+
 def _implementations(how):
     torch.manual_seed(dist.get_rank())
     q, k = (F.normalize(torch.randn(21, 30), dim=1).requires_grad_() for _ in range(2))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -87,6 +88,7 @@ class _Gather(torch.autograd.Function):
         return all_rows(x, held, group)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         return own_rows_of_sum(gradient, ctx.held, ctx.group), None, None
 
@@ -111,6 +113,7 @@ class _MeanGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=ctx.group)

@@ -123,6 +123,11 @@ Merge = type[Sum] | type[LogSumExp] | type[Best]
 Work = Callable[[slice, "list[Tensor | None]"], "list[Tensor]"]
 
 
+def within(own: Tensor, rows: slice) -> Tensor:
+    """Indices into all keys as indices into a block of them, −1 where they are elsewhere."""
+    return torch.where((own >= rows.start) & (own < rows.stop), own - rows.start, -1)
+
+
 def visit(
     how: Exchange, held: Shards, keys: Sequence[Tensor | None], work: Work, merges: Sequence[Merge] = ()
 ) -> list[Tensor]:

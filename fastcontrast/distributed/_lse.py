@@ -31,7 +31,7 @@ from fastcontrast.ops.similarity_lse import (
 )
 
 from ._collectives import Shards
-from ._exchange import Best, Exchange, LogSumExp, Merge, Sum, active, visit
+from ._exchange import Best, Exchange, LogSumExp, Merge, Sum, active, visit, within
 
 
 class _Problem(NamedTuple):
@@ -46,10 +46,7 @@ class _Problem(NamedTuple):
 
     def block(self, masks: Masks, rows: slice, key_ids: Tensor | None, guide_keys: Tensor | None) -> Masks:
         """The masks of a block of keys: a row whose own key is elsewhere protects none here."""
-        own = masks.positives
-        if own is not None:
-            here = (own >= rows.start) & (own < rows.stop)
-            own = torch.where(here, own - rows.start, -1)
+        own = None if masks.positives is None else within(masks.positives, rows)
         return masks._replace(positives=own, key_ids=key_ids, guide_keys=guide_keys)
 
 

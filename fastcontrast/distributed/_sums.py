@@ -7,11 +7,12 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fastcontrast import ops
 from fastcontrast.ops import _segments
 from fastcontrast.ops._formed import formed
-from fastcontrast.ops._precision import float32
+from fastcontrast.ops._precision import float32, without_autocast
 
 from ._collectives import all_rows, mean_gradient, world_size
 from ._exchange import Sum, active, visit
@@ -113,23 +114,27 @@ class _OverKeys(torch.autograd.Function):
         return total[0]
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, gradient):
-        fn, how, held, count = ctx.run
-        needs = ctx.needs_input_grad[4:]
-        local = [_leaf(x, need) for x, need in zip(ctx.saved_tensors[:count], needs, strict=False)]
-        sums: list[Tensor | None] = [None] * count
-
-        def work(rows, block):
-            block = [_leaf(x, need) for x, need in zip(block, needs[count:], strict=True)]
-            with torch.enable_grad():
-                out = fn(local, block, rows)
-            return _collect(out, gradient, local, block, sums)
-
-        home = (Sum,) * sum(needs[count:])
-        found = iter(visit(how, held, ctx.saved_tensors[count:], work, home))
-        gradients = (*sums, *(next(found) if need else None for need in needs[count:]))
+        gradients = _again(gradient, ctx.saved_tensors, ctx.needs_input_grad[4:], *ctx.run)
         pairs = zip(gradients, ctx.saved_tensors, strict=True)
         return (*[None] * 4, *(None if g is None else g.to(x.dtype) for g, x in pairs))
+
+
+@without_autocast  # a backward may be called inside it
+def _again(gradient: Tensor, tensors, needs, fn: BlockSum, how, held, count: int) -> tuple[Tensor | None, ...]:
+    """The visit once more, this time each block with its graph."""
+    local = [_leaf(x, need) for x, need in zip(tensors[:count], needs, strict=False)]
+    sums: list[Tensor | None] = [None] * count
+
+    def work(rows, block):
+        block = [_leaf(x, need) for x, need in zip(block, needs[count:], strict=True)]
+        with torch.enable_grad():
+            out = fn(local, block, rows)
+        return _collect(out, gradient, local, block, sums)
+
+    found = iter(visit(how, held, tensors[count:], work, (Sum,) * sum(needs[count:])))
+    return (*sums, *(next(found) if need else None for need in needs[count:]))
 
 
 def _leaf(x: Tensor | None, need: bool) -> Tensor | None:

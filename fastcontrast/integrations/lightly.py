@@ -18,15 +18,12 @@ from torch import Tensor
 from fastcontrast.distributed import gather, shards, world_size
 from fastcontrast.losses import info_nce, nt_xent_loss
 from fastcontrast.ops import similarity_lse
-from fastcontrast.ops._precision import float32, without_autocast
+from fastcontrast.ops._precision import without_autocast
+from fastcontrast.ops._unit import unit_rows
 
 __all__ = ["DCLLoss", "DCLWLoss", "NTXentLoss"]
 
 Weights = Callable[[Tensor, Tensor], Tensor]
-
-
-def _unit(x: Tensor) -> Tensor:
-    return F.normalize(float32(x), dim=1)
 
 
 def _gathered(out0: Tensor, out1: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -53,7 +50,7 @@ class NTXentLoss(loss.NTXentLoss):
     """
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:  # [n, D], [n, D]
-        out0, out1 = _unit(out0), _unit(out1)
+        out0, out1 = unit_rows(out0), unit_rows(out1)
         scale = 1 / self.temperature
         out1, bank = self.memory_bank(out1, update=out0.requires_grad)
         if bank is not None:
@@ -96,7 +93,7 @@ class DCLLoss(loss.DCLLoss):
     """
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:  # [n, D], [n, D]
-        out0, out1 = _unit(out0), _unit(out1)
+        out0, out1 = unit_rows(out0), unit_rows(out1)
         return _decoupled(out0, out1, 1 / self.temperature, self.weight_fn, self.gather_distributed)
 
 

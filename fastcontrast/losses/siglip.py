@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcontrast.distributed._exchange import active
+from fastcontrast.distributed._exchange import active, within
 from fastcontrast.distributed._sums import formed_over_keys, over_keys, own_parameter, share, whole_sum
 from fastcontrast.ops import _check as check
 from fastcontrast.ops import similarity_softplus
@@ -100,10 +100,9 @@ def _over_ranks(op, how, image_features, text_features, scale, bias, problem, we
     def block(local, texts, rows):
         images, scale, bias, labels, ids, targets, own = local
         texts, text_labels, text_ids = texts
-        here = torch.where((own >= rows.start) & (own < rows.stop), own - rows.start, -1)
         return similarity_softplus(
             images, texts, scale, bias, query_labels=labels, key_labels=text_labels, query_ids=ids, key_ids=text_ids,
-            targets=None if targets is None else targets[:, rows], positives=here, **fixed, **each,
+            targets=None if targets is None else targets[:, rows], positives=within(own, rows), **fixed, **each,
         )  # fmt: skip
 
     local = [image_features, scale, bias, problem["query_labels"], problem["query_ids"], problem["targets"], own]

@@ -11,7 +11,9 @@ from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.util import batch_to_device
 from torch import Tensor
 
-from ._losses import gist, unit_rows
+from fastcontrast.ops._unit import unit_rows
+
+from ._losses import gist
 from ._modules import OnRanks, Scaled, WholeBatch
 
 

@@ -13,7 +13,7 @@ from fastcontrast import ops
 from fastcontrast.distributed._lse import similarity_lse
 from fastcontrast.distributed._sums import numbers
 from fastcontrast.losses import info_nce
-from fastcontrast.ops._precision import float32, without_autocast
+from fastcontrast.ops._precision import without_autocast
 
 DIRECTIONS = {
     "query_to_doc": "query_to_key",
@@ -21,11 +21,6 @@ DIRECTIONS = {
     "query_to_query": "query_to_query",
     "doc_to_doc": "key_to_key",
 }
-
-
-@without_autocast
-def unit_rows(x: Tensor, eps: float) -> Tensor:
-    return F.normalize(float32(x), dim=-1, eps=eps)
 
 
 @without_autocast

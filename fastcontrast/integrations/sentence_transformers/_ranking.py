@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from typing_extensions import deprecated
 
 from fastcontrast.ops._precision import float32
+from fastcontrast.ops._unit import unit_rows
 
-from ._losses import hard_ranking, ranking, unit_rows
+from ._losses import hard_ranking, ranking
 from ._modules import OnRanks, Scaled, WholeBatch
 
 
