@@ -74,9 +74,12 @@ build/transformers-4.57: | $(VENV)/installed
 build/transformers-4.55: | $(VENV)/installed
 	$(TRANSFORMERS) transformers==4.55.4 tokenizers==0.21.4 huggingface-hub==0.36.2
 
-# The libraries that the integrations drop into, which are also the rivals of the benchmarks.
+# The libraries that the integrations drop into, which are also the rivals of the benchmarks. By name: fastcontrast itself
+# is not built again for them.
+EXTRAS = from importlib.metadata import requires; \
+	print(*(x.split(";")[0] for x in requires("fastcontrast") if "integrations" in x or "bench" in x))
 $(VENV)/integrations: $(VENV)/installed
-	$(BIN)/pip install -q -e ".[bench,integrations]"
+	$(BIN)/pip install -q $$($(BIN)/python -c '$(EXTRAS)')
 	touch $@
 
 $(VENV)/lint: $(VENV)/installed
