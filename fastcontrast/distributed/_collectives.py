@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from fastcontrast.ops._precision import refuse_second_gradient
 
 # torch 2.13 renamed them.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -88,8 +89,8 @@ class _Gather(torch.autograd.Function):
         return all_rows(x, held, group)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
+        refuse_second_gradient("gather")
         return own_rows_of_sum(gradient, ctx.held, ctx.group), None, None
 
 
@@ -113,8 +114,8 @@ class _MeanGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
+        refuse_second_gradient("mean_gradient")
         gradient = gradient.clone()
         dist.all_reduce(gradient, group=ctx.group)
         return gradient / world_size(ctx.group), None

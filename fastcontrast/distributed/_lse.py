@@ -19,7 +19,7 @@ from torch import Tensor
 from fastcontrast import ops
 from fastcontrast.ops import _check as check
 from fastcontrast.ops._dispatch import choose
-from fastcontrast.ops._precision import float32, without_autocast
+from fastcontrast.ops._precision import float32, refuse_second_gradient, without_autocast
 from fastcontrast.ops._sweep import Masks
 from fastcontrast.ops.similarity_lse import (
     PASSES,
@@ -155,8 +155,7 @@ class _GlobalLse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, h, p, *_):
-        if torch.is_grad_enabled():
-            raise NotImplementedError("similarity_lse: no gradient of its gradient is implemented on several ranks")
+        refuse_second_gradient("similarity_lse on several ranks")
         queries, keys, scale, key_bias, *masks, r, c = ctx.saved_tensors
         masks, problem, needs = Masks(*masks), ctx.problem, ctx.needs_input_grad[:4]
         precision = torch.float64 if queries.dtype == torch.float64 else torch.float32

@@ -7,12 +7,11 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastcontrast import ops
 from fastcontrast.ops import _segments
 from fastcontrast.ops._formed import formed
-from fastcontrast.ops._precision import float32, without_autocast
+from fastcontrast.ops._precision import float32, refuse_second_gradient, without_autocast
 
 from ._collectives import all_rows, mean_gradient, world_size
 from ._exchange import Sum, active, visit
@@ -114,8 +113,8 @@ class _OverKeys(torch.autograd.Function):
         return total[0]
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
+        refuse_second_gradient("a loss on several ranks")
         gradients = _again(gradient, ctx.saved_tensors, ctx.needs_input_grad[4:], *ctx.run)
         pairs = zip(gradients, ctx.saved_tensors, strict=True)
         return (*[None] * 4, *(None if g is None else g.to(x.dtype) for g, x in pairs))

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastcontrast.distributed import world_size
+from fastcontrast.ops._precision import refuse_second_gradient
 
 
 class Recall:
@@ -58,8 +59,8 @@ class _Recalled(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, upstream):
+        refuse_second_gradient("a loss that was asked for again")
         needs = ctx.needs_input_grad[2:]
         parts = zip(ctx.gradients, ctx.dtypes, needs, strict=True)
         return None, None, *((upstream * g).to(dtype) if need else None for g, dtype, need in parts)

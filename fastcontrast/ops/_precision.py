@@ -1,4 +1,4 @@
-"""Half precision: where it is rounded, and where it must not be."""
+"""Half precision: where it is rounded, and where it must not be; and gradients that have none of their own."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def without_autocast(function: F) -> F:
             return function(*args, **kwargs)
 
     return wrapped
+
+
+def refuse_second_gradient(op: str) -> None:
+    """In a backward whose own graph is asked for. (`once_differentiable` would return gradients that are cut off, where
+    the upstream one is constant, and a penalty on them would silently count for nothing.)"""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: no gradient of its gradient is implemented")
 
 
 def fast_bf16(device: torch.device) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ._precision import float32, without_autocast
+from ._precision import float32, refuse_second_gradient, without_autocast
 
 
 class _UnitRows(torch.autograd.Function):
@@ -19,8 +18,8 @@ class _UnitRows(torch.autograd.Function):
         return unit
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, gradient):
+        refuse_second_gradient("unit_rows")
         return _gradient(gradient, *ctx.saved_tensors, ctx.eps), None
 
 
