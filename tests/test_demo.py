@@ -224,6 +224,7 @@ def test_ranks_train_what_one_process_trains(texts, one_thread):
     for losses, scale, weights in ranks.run(2, _trained_on_a_rank, texts):
         assert losses == pytest.approx(expected[0], rel=1e-5)
         assert scale == pytest.approx(expected[1], rel=1e-4)
+        # AdamW divides by the gradient's size: it magnifies rounding where a gradient is next to nothing.
         torch.testing.assert_close(weights, expected[2], rtol=1e-3, atol=1e-4)
 
 

@@ -96,7 +96,7 @@ def train(
         for _, rows in bar:
             seen = shifted(items[rows], recipe.shift, noise).tensor_split(world)[rank]
             ids = pairs.ids[rows].tensor_split(world)[rank]
-            loss = step(seen.to(device), names[ids].to(device), ids=ids.to(device), no_sync_except_last=True)
+            loss = step(seen.to(device), names[ids].to(device), ids=ids.to(device))
             for optimizer, schedule in zip(optimizers, schedules, strict=True):
                 optimizer.step()
                 optimizer.zero_grad()

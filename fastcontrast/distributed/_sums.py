@@ -59,7 +59,7 @@ class _Share(torch.autograd.Function):
         return (gradient * (ctx.world / count)).to(gradient.dtype), None, None
 
 
-def share(total: Tensor, count: Tensor | int = 1) -> Tensor:
+def share(total: Tensor, count: Tensor | int) -> Tensor:
     """Σ total / Σ count over ranks, at least 1 of them; elsewhere total / count.
 
     The gradient of each rank's total is W / Σ count for W ranks: then the mean over ranks of gradients is the whole's.
@@ -92,7 +92,7 @@ def numbers(count: int, device: torch.device) -> Tensor:
 
 # --------------------------------------------------------------------------------------------- sums over blocks of keys
 
-# fn(local, block) -> [m, ...], a sum over the keys of the block; differentiable in tensors of both
+# fn(local, block, rows) -> [m, ...], a sum over the keys of the block; differentiable in tensors of both
 BlockSum = Callable[["list[Tensor | None]", "list[Tensor | None]", slice], Tensor]
 
 
