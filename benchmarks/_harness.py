@@ -51,7 +51,7 @@ class Provider:
     truth: Callable[[Any], tuple[torch.Tensor, ...]] | None = None  # where it differs from the workload's
     floor: str | None = None  # default: the workload's first
     reps: int | None = None  # at most; 1: the call that is checked is the one that is timed
-    memory: bool = False
+    memory: int = 0  # processes in which the peak is measured; the median of them
     compiles: bool = False  # its first step at a size is no measure of time or memory
     needs: int = 0  # bytes beside the inputs; skipped, with this reason, where the machine has less available
 
@@ -256,13 +256,14 @@ def _time(workload: Workload, rows: dict[str, Row], most: int) -> dict[str, list
 
 def _measure_alone(row: Row, workload: Workload, module: str, quick: bool) -> None:
     try:
-        found = _memory.in_fresh_process(module, workload.name, row.provider, quick)
+        processes = 1 if quick else workload.providers[row.provider].memory or 1
+        runs = [_memory.in_fresh_process(module, workload.name, row.provider, quick) for _ in range(processes)]
     except RuntimeError as error:
         row.status, row.note = ("failed" if workload.alone else row.status), f"in a process of its own: {error}"
         return
-    row.peak_extra_bytes = found["peak_extra_bytes"]
-    if workload.alone and _right(row, workload, found["error"]):
-        row.timed([found["seconds"]])
+    row.peak_extra_bytes = int(statistics.median(run["peak_extra_bytes"] for run in runs))
+    if workload.alone and _right(row, workload, max(run["error"] for run in runs)):
+        row.timed([run["seconds"] for run in runs])
 
 
 def _right(row: Row, workload: Workload, error: float) -> bool:
