@@ -33,6 +33,7 @@ from transformers import PreTrainedTokenizerFast
 import fastcontrast
 from fastcontrast.data import package_folder
 from fastcontrast.integrations import sentence_transformers as ours
+from fastcontrast.integrations.sentence_transformers._losses import together
 from fastcontrast.testing import assert_as_good_as, relative_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -595,3 +596,12 @@ def test_the_trainer_learns_every_temperature(minilm, tmp_path):
     for loss in (plain, decorated.loss, guided):
         assert 1e-4 < abs(loss.log_scale.detach() - math.log(20.0)) < 1
     assert {f"eval_{name}_loss" for name in "abc"} <= trainer.evaluate().keys()
+
+
+@pytest.mark.parametrize("width", [3, 1024])  # the second from the pool of buffers
+def test_parts_put_together_give_their_gradients_back(width):
+    parts = [torch.randn(rows, width, requires_grad=True) for rows in (700, 0, 5, 700)]
+    whole, gradient = together(parts), torch.randn(1405, width)
+    assert torch.equal(whole, torch.cat(parts))
+    whole.backward(gradient)
+    assert torch.equal(torch.cat([part.grad for part in parts]), gradient)

@@ -40,3 +40,18 @@ def test_no_gradient_of_its_gradient():
     x = torch.randn(3, 4, requires_grad=True)
     with pytest.raises(NotImplementedError, match="unit_rows: no gradient of its gradient"):
         torch.autograd.grad(unit_rows(x).sum(), x, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated")  # what the compiler does with any Function
+def test_large_rows_strided_expanded_and_compiled():
+    """Whose results come from memory that was used before, and that a compiler must not see."""
+    torch.manual_seed(0)
+    x = torch.randn(1100, 1024).t()  # 4.3 MiB, columns apart
+    for gradient in (torch.randn(1024, 1100), torch.randn(1, 1100).expand(1024, -1)):
+        expected = []
+        for function in (lambda x: F.normalize(x, dim=1), unit_rows, torch.compile(unit_rows, backend="aot_eager")):
+            leaf = x.detach().requires_grad_()
+            out = function(leaf)
+            expected.append([out.detach(), *torch.autograd.grad(out, leaf, gradient)])
+        torch.testing.assert_close(expected[1], expected[0])
+        torch.testing.assert_close(expected[2], expected[0])

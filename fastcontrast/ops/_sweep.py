@@ -179,17 +179,20 @@ def lse_and_mix(
     values: Tensor | None = None,  # [N, Dv]; the keys themselves if None
     keep: int = 0,
     without_own: bool = False,
+    out: Tensor | None = None,  # [M, Dv] fp32
 ) -> tuple[Lse, Tensor, Tensor, Tensor]:
     """Log-sum-exp of the rows and mix_i = Σ_j softmax_j(L_ij) v_j [M, Dv] in one sweep of two products.
 
     Mixing keys gives dq_i = scale · g_i · mix_i, whatever the gradient g. Also the softmax of the first `keep` rows, as
     exponentials [keep, N] times shares [tiles of columns, keep]. `without_own`: a row's own column counts in the
-    log-sum-exp, and is 0 in what is mixed and kept.
+    log-sum-exp, and is 0 in what is mixed and kept. `out`: where the mix goes.
     """
     own_address = own.data_ptr() if own.numel() else 0
     state = native.Running(sweep.m, best)
     width = (sweep.queries if values is None else values).shape[1]
-    mix = (torch.empty if sweep.n else torch.zeros)(sweep.m, width, dtype=torch.float32)
+    mix = buffer(sweep.m * width).view(sweep.m, width) if out is None else out
+    if not sweep.n:
+        mix.zero_()
     rescale = torch.empty(min(sweep.m, ROWS), dtype=torch.float32)
     kept = buffer(keep * sweep.n).view(keep, sweep.n)
     shares = torch.ones(-(-sweep.n // sweep.columns) if keep else 0, keep, dtype=torch.float32)
@@ -331,13 +334,15 @@ def add_softmax_gradients(
     if sums.queries is not None:
         torch.mul(mix, rows[:, None], out=sums.queries)
         sums.queries.addcmul_(sweep.keys[indices if run is None else run].float(), own[:, None])
+    scaled = buffer(min(sweep.m, ROWS) * q.shape[1])
     for i0, m, j0, n in sweep.tiles(sweep.m):
         share = rows[i0 : i0 + m] * shares[j0 // sweep.columns, i0 : i0 + m]
         tile = sweep.tile(i0, m, j0, n, exponentials)
         if sums.keys is not None:
             # Without denormals, in which a product would be a hundred times slower.
-            scaled = torch.hardshrink(q[i0 : i0 + m] * share[:, None], TINY)
-            _add(sums.keys, j0, tile.t(), scaled, first=not i0 and not sums.started)
+            part = _view(scaled, 0, m, q.shape[1])
+            _scale_rows(q[i0 : i0 + m], share, out=part)
+            _add(sums.keys, j0, tile.t(), part, first=not i0 and not sums.started)
         if sums.key_bias is not None:
             sums.key_bias[j0 : j0 + n].addmv_(tile.t(), share)
     if sums.keys is not None and run is not None:

@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from ._precision import float32, refuse_second_gradient, without_autocast
+from ._workspace import empty_like
 
 
 class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, eps):
         length = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        unit = x / length.clamp(min=eps)
+        unit = torch.div(x, length.clamp(min=eps), out=empty_like(x))
         ctx.save_for_backward(unit, length)
         ctx.eps = eps
         return unit
@@ -25,8 +26,9 @@ class _UnitRows(torch.autograd.Function):
 
 @without_autocast  # a backward may be called inside it
 def _gradient(gradient: Tensor, unit: Tensor, length: Tensor, eps: float) -> Tensor:
-    along = torch.linalg.vecdot(gradient, unit)[:, None].masked_fill(length < eps, 0.0)
-    return torch.addcmul(gradient, unit, along, value=-1).div_(length.clamp(min=eps))
+    out = empty_like(gradient)  # first for the products, where `vecdot` would make a tensor of its own
+    along = torch.mul(gradient, unit, out=out).sum(1, keepdim=True).masked_fill_(length < eps, 0.0)
+    return torch.addcmul(gradient, unit, along, value=-1, out=out).div_(length.clamp(min=eps))
 
 
 @without_autocast

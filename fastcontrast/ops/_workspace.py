@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import threading
 import weakref
@@ -96,8 +97,21 @@ def buffer(numel: int) -> Tensor:
     return torch.empty(numel, dtype=torch.float32) if numel * 4 < POOLED_FROM else _pool.take(numel)
 
 
+def _pooled(like: Tensor, numel: int) -> bool:
+    """Whether so many numbers come from the pool: of a large float32 result on a CPU, that no compiler sees."""
+    if native is None or like.device.type != "cpu" or like.dtype != torch.float32:
+        return False
+    return numel * 4 in POOLED_RESULTS and not torch.compiler.is_compiling()
+
+
+def empty(like: Tensor, *shape: int) -> Tensor:
+    """`like.new_empty(*shape)`, where it is large from the pool of buffers."""
+    numel = math.prod(shape)
+    return buffer(numel).view(shape) if _pooled(like, numel) else like.new_empty(shape)
+
+
 def empty_like(x: Tensor) -> Tensor:
-    """`torch.empty_like(x)` of a real tensor; where it is large and float32, on a CPU, from the pool of buffers."""
-    if native is None or x.device.type != "cpu" or x.dtype != torch.float32 or x.numel() * 4 not in POOLED_RESULTS:
+    """`torch.empty_like(x)`, where it is large from the pool of buffers."""
+    if not _pooled(x, x.numel()):
         return torch.empty_like(x)
     return buffer(x.numel()).as_strided(x.shape, torch.empty_like(x, device="meta").stride())

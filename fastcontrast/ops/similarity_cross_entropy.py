@@ -114,8 +114,9 @@ class _RowLoss:
         own = torch.full((sweep.m,), float("-inf"))
         weights = torch.ones(sweep.m) if self.weights is None else self.weights[part]
         if gradients:
-            values = sweep.keys if sums.queries is not None else sweep.keys[:, :0]  # nothing to mix
-            r, mix, *softmax = _sweep.lse_and_mix(sweep, own, False, values, sweep.m, without_own=True)
+            mix = sums.queries
+            values = sweep.keys if mix is not None else sweep.keys[:, :0]  # nothing to mix
+            r, mix, *softmax = _sweep.lse_and_mix(sweep, own, False, values, sweep.m, without_own=True, out=mix)
         else:
             r, *_ = _sweep.lse(sweep, True, False, own, False, 0)
         losses = r.high.double() - own + r.low

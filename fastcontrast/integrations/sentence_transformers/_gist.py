@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastcontrast.ops._unit import unit_rows
 
-from ._losses import gist
+from ._losses import gist, together
 from ._modules import OnRanks, Scaled, WholeBatch
 
 
@@ -89,7 +89,7 @@ class CachedGISTEmbedLoss(WholeBatch, Gist, library.CachedGISTEmbedLoss):
             raise ValueError(f"{type(self).__name__}: reps and reps_guided must have as many columns, got {counts}")
 
         def loss(scale: Tensor | float) -> Tensor:
-            return self._loss(map(torch.cat, reps), map(torch.cat, reps_guided), scale)
+            return self._loss(map(together, reps), map(together, reps_guided), scale)
 
         scale = self._current_scale()
         return self._backward(loss, scale) if with_backward else loss(scale)

@@ -14,6 +14,7 @@ from fastcontrast.distributed._lse import similarity_lse
 from fastcontrast.distributed._sums import numbers
 from fastcontrast.losses import info_nce
 from fastcontrast.ops._precision import without_autocast
+from fastcontrast.ops._workspace import empty
 
 DIRECTIONS = {
     "query_to_doc": "query_to_key",
@@ -42,7 +43,21 @@ def ranking(
 
 
 def together(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return parts[0] if len(parts) == 1 else _Together.apply(*parts)
+
+
+class _Together(torch.autograd.Function):
+    """torch.cat into memory that was used before: of 4,096 embeddings of 768 numbers, fresh pages cost a tenth of the
+    whole loss."""
+
+    @staticmethod
+    def forward(ctx, *parts):
+        ctx.rows = [len(x) for x in parts]
+        return torch.cat(parts, out=empty(parts[0], sum(ctx.rows), parts[0].shape[1]))
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.split(ctx.rows)
 
 
 @without_autocast

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from sentence_transformers import SentenceTransformer, SimilarityFunction
 from sentence_transformers.sentence_transformer import losses as library
 from sentence_transformers.util import cos_sim, dot_score
@@ -16,7 +15,7 @@ from typing_extensions import deprecated
 from fastcontrast.ops._precision import float32
 from fastcontrast.ops._unit import unit_rows
 
-from ._losses import hard_ranking, ranking
+from ._losses import hard_ranking, ranking, together
 from ._modules import OnRanks, Scaled, WholeBatch
 
 
@@ -48,7 +47,7 @@ class MultipleNegativesRankingLoss(OnRanks, Scaled, library.MultipleNegativesRan
             raise ValueError(f"{type(self).__name__}: expected at least 2 columns of texts, got {len(embeddings)}")
         return self._loss(embeddings, self._current_scale())
 
-    def _loss(self, embeddings: list[Tensor], scale: Tensor | float) -> Tensor:
+    def _loss(self, embeddings: Iterable[Tensor], scale: Tensor | float) -> Tensor:
         cosine = _known(self.similarity_fct) is cos_sim
         queries, *docs = (unit_rows(x, 1e-12) if cosine else float32(x) for x in embeddings)
         settings = queries, docs, scale, self.directions, self.partition_mode == "joint"
@@ -106,7 +105,7 @@ class CachedMultipleNegativesRankingLoss(WholeBatch, library.CachedMultipleNegat
             return super().calculate_loss(reps, labels, with_backward=with_backward)
 
         def loss(scale: Tensor | float) -> Tensor:
-            return self.loss._loss([torch.cat(parts) for parts in reps], scale)
+            return self.loss._loss(map(together, reps), scale)
 
         scale = self.loss._current_scale()
         return self._backward(loss, scale) if with_backward else loss(scale)
