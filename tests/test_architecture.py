@@ -3,7 +3,6 @@ its files."""
 
 import ast
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -123,11 +122,12 @@ FORBIDDEN = {
 
 IMPORT = """
 import json, sys, time
+begin = time.process_time()
 import torch
 tiny = float("1e-310")
 before, start = set(sys.modules), time.process_time()
 import fastcontrast
-seconds = time.process_time() - start
+seconds = {"torch": start - begin, "ours": time.process_time() - start}
 import fastcontrast.ops
 small = torch.tensor([1e-310], dtype=torch.float64)
 q = torch.randn(300, 8, requires_grad=True)
@@ -149,8 +149,10 @@ def fresh_imports() -> list[dict]:
     return [run() for _ in range(3)]
 
 
-def test_importing_adds_less_than_a_fifth_of_a_second(fresh_imports):
-    assert statistics.median(run["seconds"] for run in fresh_imports) < 0.2
+def test_importing_adds_less_than_a_seventh_of_torch_itself(fresh_imports):
+    """That is a fifth of a second where torch takes 1.4 s, on a machine of any speed."""
+    ours, torch = (min(run["seconds"][name] for run in fresh_imports) for name in ("ours", "torch"))
+    assert ours < torch / 7
 
 
 def test_importing_loads_no_backend_and_no_framework(fresh_imports):
