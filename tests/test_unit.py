@@ -48,10 +48,10 @@ def test_large_rows_strided_expanded_and_compiled():
     torch.manual_seed(0)
     x = torch.randn(1100, 1024).t()  # 4.3 MiB, columns apart
     for gradient in (torch.randn(1024, 1100), torch.randn(1, 1100).expand(1024, -1)):
-        expected = []
+        results = []
         for function in (lambda x: F.normalize(x, dim=1), unit_rows, torch.compile(unit_rows, backend="aot_eager")):
             leaf = x.detach().requires_grad_()
             out = function(leaf)
-            expected.append([out.detach(), *torch.autograd.grad(out, leaf, gradient)])
-        torch.testing.assert_close(expected[1], expected[0])
-        torch.testing.assert_close(expected[2], expected[0])
+            results.append([out.detach(), *torch.autograd.grad(out, leaf, gradient)])
+        torch.testing.assert_close(results[1], results[0])
+        torch.testing.assert_close(results[2], results[0])
