@@ -1,6 +1,6 @@
 """Compiles every Triton kernel in every case of its table, and every CUDA C++ kernel, without a GPU: `make gate`.
 
-    python tests/compile_gate.py [--arch 80 90 100] [--json FILE] [--only TEXT] [--without-cuda]
+    python tests/compile_gate.py [--arch 80 90 100] [--kernels NAME ...] [--only TEXT] [--json FILE] [--without-cuda]
 
 Prints kernel × case × architecture with registers a thread, stack (where spilled registers go), shared memory and
 whether the chip's matrix units are used; fails on a spill, on what does not fit the chip, on a half-precision product
@@ -186,13 +186,13 @@ def fault(row: Compiled, needs_matrix_units: bool, needs_wide_loads: bool = Fals
     return ""
 
 
-def run(architectures: list[int], only: str) -> list[Compiled]:
+def run(architectures: list[int], kernels: list[str], only: str, processes: int = PROCESSES) -> list[Compiled]:
     jobs = []
-    for name in modules():
+    for name in kernels:
         for architecture in architectures:
             found = enumerate(cases(name, architecture))
             jobs += [(name, i, architecture) for i, case in found if only in f"{name} {case.name}"]
-    with ProcessPoolExecutor(PROCESSES, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return list(pool.map(compile_case, *zip(*jobs, strict=True))) if jobs else []
 
 
@@ -208,7 +208,9 @@ def table(rows: list[Compiled]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, nargs="+", default=list(ARCHITECTURES), choices=ARCHITECTURES)
+    parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these files of kernels/")
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--processes", type=int, default=PROCESSES)
     parser.add_argument("--only", default="", metavar="TEXT", help="only cases whose kernel and name contain this")
     parser.add_argument("--without-cuda", action="store_true", help="Triton kernels alone")
     arguments = parser.parse_args()
@@ -217,7 +219,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as cache:
         # A cache of its own; and multiply-add fusion as the kernels are meant, whatever the version's default.
         os.environ.update(TRITON_CACHE_DIR=cache, TRITON_DEFAULT_FP_FUSION="1")
-        rows = run(arguments.arch, arguments.only)
+        rows = run(arguments.arch, arguments.kernels or modules(), arguments.only, arguments.processes)
     if not arguments.without_cuda and find_nvcc() is None:
         print("The CUDA C++ kernels are left out: there is no nvcc in CUDA_HOME or on the PATH.")
     elif not arguments.without_cuda:
