@@ -2,11 +2,11 @@
 
 import random
 from importlib.metadata import version
-from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
+from recipes import close, waves
 from torch.autograd import gradcheck
 
 from fastcontrast.ops import trace
@@ -14,12 +14,6 @@ from fastcontrast.recipes import x_clip
 from fastcontrast.recipes.x_clip import Settings, XClip, x_clip_loss
 
 SMALL = Settings(width=8, layers=2, heads=2, joint=8, joint_heads=2, image=4, patch=2, frames=3)
-
-
-def waves(n: int, d: int, c: int) -> torch.Tensor:
-    """G(n, d, c)[i, j] = sin(p·q + (c + 1)(0.7 p + 0.3 q)), p = i + 1, q = j + 1, of which golden values are known."""
-    p, q = torch.arange(1, n + 1).double()[:, None], torch.arange(1, d + 1).double()
-    return torch.sin(p * q + (c + 1) * (0.7 * p + 0.3 * q))
 
 
 def set_linear(layer, *numbers: int) -> None:
@@ -58,10 +52,6 @@ def golden_v(golden_z) -> torch.Tensor:
     with torch.no_grad():
         mit.positions.copy_(waves(3, 8, 12))
         return mit(golden_z[1][:, :, 0])
-
-
-def close(value, *expected: float) -> None:
-    torch.testing.assert_close(value, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-8)
 
 
 def test_golden_block(golden_z):
@@ -281,12 +271,6 @@ def test_new_parameters_learn_faster_and_some_do_not_decay():
     assert of["mit.positions"] == of["vision.blocks.1.message_norm.weight"] == of["prompt.alpha"] == (1e-2, 0.0)
     assert of["vision.blocks.0.attention.qkv.weight"] == of["projection.weight"] == (1e-3, 0.5)
     assert of["vision.positions"] == of["vision.class_token"] == of["vision.norm_post.bias"] == (1e-3, 0.0)
-
-
-def test_rate_rises_falls_and_ends_at_its_hundredth():
-    shares = [x_clip.warm_up_then_cosine(i, 41, 5) for i in range(41)]
-    assert shares[4] == 1 and shares[5] == 1 and x_clip.warm_up_then_cosine(41, 41, 5) == pytest.approx(0.01)
-    assert all(a < b for a, b in pairwise(shares[:5])) and all(a > b for a, b in pairwise(shares[5:]))
 
 
 def test_views_add_probabilities_not_logits():

@@ -17,6 +17,7 @@ from .similarity_topk import similarity_topk
 from .temporal_attention import temporal_attention
 from .token_contrast_margin import token_contrast_margin
 from .two_logit_mix import two_logit_mix
+from .upsampled_cross_entropy import upsampled_binary_cross_entropy, upsampled_cross_entropy
 
 __all__ = [
     "Choice",
@@ -40,4 +41,6 @@ __all__ = [
     "token_contrast_margin",
     "trace",
     "two_logit_mix",
+    "upsampled_binary_cross_entropy",
+    "upsampled_cross_entropy",
 ]

@@ -1,4 +1,4 @@
-"""`fastcontrast recipes`: every recipe with its paper and the operations that it stands on."""
+"""`fastcontrast recipes`: every recipe with its paper, the operations that it stands on, and its data."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Prints the table; no recipe is imported for it."""
     for name, entry in RECIPES.items():
-        print(f"{name:16s}{entry.title}\n{'':16s}{entry.citation}\n{'':16s}stands on {entry.primitive}")
+        lines = entry.title, entry.citation, f"stands on {entry.primitive}", f"trains on {entry.data}"
+        print(f"{name:14s}" + f"\n{'':14s}".join(lines))
     print("\n`fastcontrast train NAME` runs one.")
     return 0

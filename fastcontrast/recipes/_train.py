@@ -16,6 +16,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("name", choices=RECIPES, help="which recipe; `fastcontrast recipes` lists them")
     parser.add_argument("--steps", type=int, help="optimiser steps (default: the recipe's own)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, metavar="N", help="use about so many items of the data, for a quick look")
     parser.add_argument(
         "--output", metavar="DIR", default="train-output", help="folder for weights, picture and results"
     )
@@ -23,11 +24,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs the recipe. Exit status: 2 if the options make no sense, 1 if a package is missing."""
-    if args.steps is not None and args.steps < 1:
-        print(f"fastcontrast train: --steps must be at least 1, got {args.steps}", file=sys.stderr)
-        return 2
+    for option in ("steps", "limit"):
+        if (number := getattr(args, option)) is not None and number < 1:
+            print(f"fastcontrast train: --{option} must be at least 1, got {number}", file=sys.stderr)
+            return 2
     try:
-        importlib.import_module(f"fastcontrast.recipes.{args.name}").run(args.steps, output=args.output, seed=args.seed)
+        recipe = importlib.import_module(f"fastcontrast.recipes.{args.name}")
+        recipe.run(args.steps, output=args.output, seed=args.seed, limit=args.limit)
     except MissingDataError as error:
         print(f"fastcontrast train: {error}", file=sys.stderr)
         return 1

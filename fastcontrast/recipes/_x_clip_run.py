@@ -12,14 +12,10 @@ without the one, without the other, and without both, which is CLIP with pooled 
 
 from __future__ import annotations
 
-import json
 import os
-import platform
 import random
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -27,9 +23,9 @@ from torch import Tensor, nn
 
 from fastcontrast import clips
 from fastcontrast.minilm import WIDTH, minilm_features
-from fastcontrast.ops import trace
 
-from .x_clip import Settings, XClip, parameter_groups, warm_up_then_cosine, x_clip_loss
+from ._report import Report, train
+from .x_clip import Settings, XClip, x_clip_loss
 
 FRAMES, SHORTEST, LONGEST = 8, 8, 24  # frames a clip; the window that they are taken from
 HELD_OUT = 1 / 3  # of every shot, at its end
@@ -64,10 +60,10 @@ class Kind(NamedTuple):
 
 
 KINDS = {
-    "x_clip": Kind("X-CLIP", True, True),
+    "pooled": Kind("CLIP, frames pooled", False, False),
     "messages": Kind("messages only", True, False),
     "integration": Kind("integration only", False, True),
-    "pooled": Kind("CLIP, frames pooled", False, False),
+    "x_clip": Kind("X-CLIP", True, True),
 }
 
 
@@ -79,57 +75,37 @@ class MeanOfFrames(nn.Module):
 
 
 def run(
-    steps: int | None = None,
-    *,
-    output: str | os.PathLike = "train-output",
-    seed: int = 0,
-    test_clips: int | None = None,
+    steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
-    """Trains the models, prints what they tell of held-out clips, writes weights, a picture and the results as JSON.
+    """Trains the models and tests them on `TEST_CLIPS` held-out clips of every shot in every way, or about `limit`.
 
     Raises MissingDataError if a package is not installed, ValueError if there is nothing to do.
     """
-    from ._x_clip_picture import draw as draw_picture
+    from ._x_clip_picture import picture
 
     steps = STEPS if steps is None else steps
-    test_clips = TEST_CLIPS if test_clips is None else test_clips
-    if steps < 1 or test_clips < 1:
-        raise ValueError(f"x_clip: steps and test clips must be at least 1, got {steps} and {test_clips}")
-    began = time.perf_counter()
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
+    count = TEST_CLIPS * len(clips.SHOTS) if limit is None else max(1, limit // len(WAYS))
+    report = Report("x_clip", output, steps=steps, seed=seed, limit=limit, batch=BATCH, **asdict(SETTINGS))
     texts = minilm_features([*WAYS])
     features = whiten({video: clips.patch_features(video) for video in clips.VIDEOS})
-    test, labels, _ = draw_clips(features, test_clips * len(clips.SHOTS), random.Random(seed + 1), held_out=True)
-    print(f"{len(clips.SHOTS)} shots, {len(WAYS)} classes, {len(labels)} clips of frames that training never sees")
-
-    results: dict[str, Any] = {"recipe": "x_clip", "classes": [*WAYS], "steps": steps, "seed": seed, "models": {}}
+    test, labels, _ = draw_clips(features, count, random.Random(seed + 1), held_out=True)
     models: dict[str, XClip] = {}
-    for name in KINDS:
+    for name, kind in KINDS.items():
         torch.manual_seed(seed)
-        model = models[name] = make(name)
-        before = accuracy(model, test, labels, texts)
-        started = time.perf_counter()
-        with trace() as ran:
-            losses = train(model, features, texts, steps, seed, name)
-        results["models"][name] = {
-            "before": before, "after": accuracy(model, test, labels, texts), "losses": losses,
-            "seconds": time.perf_counter() - started,
-            "implementations": {choice.op: choice.implementation for choice in ran},
-        }  # fmt: skip
-    print_results(results)
+        model, draw = make(name), random.Random(seed)
+        models[name] = model
 
-    weights, picture, file = (folder / f"x_clip.{kind}" for kind in ("safetensors", "png", "json"))
-    save(models["x_clip"], weights)
-    draw_picture(picture, models["x_clip"], features, results)
-    results |= {
-        "settings": asdict(SETTINGS), "batch": BATCH, "shots": [shot.text for shot in clips.SHOTS],
-        "test_clips": len(labels), "threads": torch.get_num_threads(), "seconds": time.perf_counter() - began,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__}, "machine": platform.machine(),
-    }  # fmt: skip
-    file.write_text(json.dumps(results, indent=1) + "\n")
-    print(f"\n{results['seconds']:.0f} s in all\n{weights}\n{picture}\n{file}")
-    return results
+        def step(_: int, model=model, draw=draw) -> Tensor:
+            video, classes, _ = draw_clips(features, BATCH // len(WAYS), draw, held_out=False)
+            return x_clip_loss(model(video, texts), classes)
+
+        with report.model(kind.label) as found:
+            found.losses = train(kind.label, steps, model, step, rate=RATE, decay=DECAY, clip=1.0)
+            found.metrics = accuracy(model, test, labels, texts)
+    return report.close(
+        models["x_clip"], picture(models["x_clip"], features, seed), classes=[*WAYS],
+        shots=[shot.text for shot in clips.SHOTS], test_clips=len(labels),
+    )  # fmt: skip
 
 
 def make(name: str) -> XClip:
@@ -191,53 +167,9 @@ def draw_clips(
     return torch.stack(found), torch.arange(len(WAYS)).repeat(count), sources
 
 
-def train(model: XClip, features: dict[str, Tensor], texts: Tensor, steps: int, seed: int, name: str) -> list[float]:
-    """`steps` steps, in place. Returns the loss of every step."""
-    from tqdm import tqdm
-
-    # Nothing here comes from CLIP: all parameters are new, and learn at one rate.
-    optimizer = torch.optim.AdamW(parameter_groups(model, RATE, DECAY, faster=1.0), betas=(0.9, 0.98), fused=True)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: warm_up_then_cosine(i, steps, max(1, steps // 10))
-    )
-    draw, losses = random.Random(seed), []
-    with tqdm(range(steps), desc=f"training {name}", unit="step") as bar:
-        for _ in bar:
-            video, labels, _ = draw_clips(features, BATCH // len(WAYS), draw, held_out=False)
-            loss = x_clip_loss(model(video, texts), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            losses.append(loss.item())
-            bar.set_postfix(loss=f"{losses[-1]:.3f}")
-    return losses
-
-
 @torch.no_grad()
 def accuracy(model: XClip, test: Tensor, labels: Tensor, texts: Tensor) -> dict[str, float]:
-    """Share of clips whose class has the highest logit: of all, and of each class."""
+    """Per cent of clips whose class has the highest logit: of all, and of each class."""
     right = torch.cat([model(part, texts).argmax(1) for part in test.split(64)]) == labels
-    return {"all": right.float().mean().item()} | {
-        way: right[labels == k].float().mean().item() for k, way in enumerate(WAYS)
-    }
-
-
-def print_results(results: dict[str, Any]) -> None:
-    print(f"\n{'right on held-out clips, %':<32}{'before':>8}{'after':>8}")
-    for name, found in results["models"].items():
-        for way in found["after"]:
-            start = KINDS[name].label if way == "all" else f"  {way}"
-            print(f"{start:<32}{100 * found['before'][way]:8.1f}{100 * found['after'][way]:8.1f}")
-        tail = found["losses"][-10:]
-        print(f"  loss {found['losses'][0]:.2f} → {sum(tail) / len(tail):.2f}")
-    print(f"{'chance':<40}{100 / len(WAYS):8.1f}")
-
-
-def save(model: XClip, path: Path) -> None:
-    """Weights as safetensors, with the settings in their metadata."""
-    from safetensors.torch import save_file
-
-    settings = {"settings": asdict(model.settings), "scale": SCALE, "classes": [*WAYS]}
-    save_file(model.state_dict(), str(path), metadata={"fastcontrast": json.dumps(settings)})
+    shares = {"right": right} | {way: right[labels == k] for k, way in enumerate(WAYS)}
+    return {f"{name}, %": 100 * share.float().mean().item() for name, share in shares.items()}

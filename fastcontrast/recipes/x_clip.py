@@ -334,23 +334,18 @@ def parameter_groups(model: nn.Module, rate: float, decay: float = 1e-3, faster:
     ]
 
 
-def warm_up_then_cosine(step: int, steps: int, warm_up: int, last: float = 0.01) -> float:
-    """Share of the peak rate at a step: linear over `warm_up` steps, then a half cosine down to `last`."""
-    if step < warm_up:
-        return (step + 1) / warm_up
-    return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / max(1, steps - warm_up)))
-
-
 def add_views(logits: Sequence[Tensor]) -> Tensor:
     """Scores [B, C] of clips seen several times, cut out of time and space: the sum of the views' probabilities."""
     return sum(part.softmax(-1) for part in logits)
 
 
-def run(steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0) -> dict[str, Any]:
+def run(
+    steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
+) -> dict[str, Any]:
     """Trains a small X-CLIP on the clips of `fastcontrast.clips`: see `fastcontrast.recipes._x_clip_run`."""
     from ._x_clip_run import run as train
 
-    return train(steps, output=output, seed=seed)
+    return train(steps, output=output, seed=seed, limit=limit)
 
 
 # ------------------------------------------------------------------------------------------------------------- weights

@@ -1,0 +1,51 @@
+"""What a run of ProCLIP begins with: a CLIP of icons that reads bags of words, and the names that fine-tuning sees."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fastcontrast import clip_loss
+from fastcontrast.demo import recall
+from fastcontrast.towers import HashedWords, TwoTowers
+
+from . import _icons
+from ._report import Scale, train
+
+DIM, BATCH, RATE = 256, 1024, 3e-3
+
+
+def bag_of_words_clip(icons: _icons.Icons, words: Tensor, steps: int, seed: int) -> tuple[TwoTowers, list[float]]:
+    """The start: a CLIP trained on all seen names, whose text encoder is a bag of words; and its losses."""
+    torch.manual_seed(seed)
+    model, scale = TwoTowers("icons"), Scale()
+    model.name_tower = HashedWords(dim=DIM)
+    batches, choice = icons.batches(BATCH, seed), torch.Generator().manual_seed(seed)
+
+    def step(_: int) -> Tensor:
+        rows = next(batches)
+        ids = icons.ids[rows]
+        return clip_loss(model.item_tower(icons.glyphs[rows]), model.name_tower(either(words, ids, choice)), scale())
+
+    learned = [*model.parameters(), *scale.parameters()]
+    return model, train("CLIP, bag of words", steps, learned, step, rate=RATE, clip=1.0, after=scale.clamp)
+
+
+def either(texts: Tensor, ids: Tensor, choice: torch.Generator) -> Tensor:
+    """Of [2, K, ...] texts [B, ...] of the names `ids`: of each the short one or the raw one, with equal chance."""
+    return texts[torch.randint(2, ids.shape, generator=choice), ids]
+
+
+def fewer_names(icons: _icons.Icons, share: float, seed: int) -> _icons.Icons:
+    """The same icons, of whose seen names only a share is seen."""
+    drawn = torch.rand(len(icons.names), generator=torch.Generator().manual_seed(seed)) < share
+    return replace(icons, pairs=replace(icons.pairs, unseen=icons.pairs.unseen | ~drawn))
+
+
+def scores(icons: _icons.Icons, model: TwoTowers, texts: Tensor) -> dict[str, float]:
+    """recall@1 on the unseen names, per cent, of a model that reads `texts` [K, ...]."""
+    found = recall.evaluate(model, icons.glyphs, texts, icons.pairs)
+    ways = {"icon → name": "item_to_name", "name → icon": "name_to_item"}
+    return {f"{way} R@1, %": 100 * found[key]["1"] for way, key in ways.items()}

@@ -1,0 +1,197 @@
+"""DenseCLIP: every pixel is compared with the classes' names. The K maps of cosines go into the decoder beside CLIP's
+features, and learn themselves, through a loss of their own.
+
+z [B, C, H, W] is CLIP's last map, g its pooled embedding, T the K names' embeddings; with V = [g; z]
+
+    T̂ = T + γ D(T, V)                                        post-model prompting: γ learned, from 1e-4
+    s[b, k, h, w] = ⟨ z[b, :, h, w] / |·|, T̂[b, k] / |·| ⟩
+    segmentation  L = CE(head([x; s]), y) + 0.4 · CE(up(s/τ), y)        means over the pixels that are labelled
+    detection     L = … + Σ BCE(sigmoid(up(s/τ)), target) / number      over positions inside a box, head([x; s/τ])
+
+`up` is bilinear, to the labels' size, and happens inside the loss: [B, K, 512, 512] never exists. τ = 0.07 is constant.
+
+FAQ. Why two scales of s? What the head reads needs none: its first convolution learns one; the loss needs 1/τ.
+Pixels without a label? They do not count; `reduction="all"` divides by their number too, as the code's toolbox did.
+The sum over boxes is divided by positions, though K channels are summed? Yes; `"entries"` divides by both.
+Pre-model prompting? `PreModelPrompt`: what the image says stands before the names, and the encoder reads B·K texts.
+
+Source: Rao et al. 2021, "DenseCLIP: Language-Guided Dense Prediction with Context-Aware Prompting", arXiv 2112.01518.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastcontrast.distributed._sums import share
+from fastcontrast.ops import _check as check
+from fastcontrast.ops import upsampled_binary_cross_entropy, upsampled_cross_entropy
+from fastcontrast.ops._precision import float32, without_autocast
+
+from ._denseclip_model import PostModelPrompt
+from ._denseclip_pages import IGNORED, Classes, draw, mean_iou
+from ._denseclip_start import DIM, Clip, pretrained
+from ._report import Report, train
+
+TAU, AUXILIARY = 0.07, 0.4
+START_STEPS = 100  # of the CLIP that both models are at first
+STEPS, BATCH, RATE = 300, 24, 1e-3
+BACKBONE = 0.1  # its rate, of the others'
+
+
+@without_autocast
+def score_maps(z: Tensor, text: Tensor) -> Tensor:  # [B, C, H, W], [K, C] or [B, K, C]
+    """Cosines of every pixel and class, float32 [B, K, H, W] (float64 for float64); 0 at a pixel without features.
+
+    Raises ValueError naming what does not fit.
+    """
+    check.tensor("score_maps", "z", z, 4, "[B, C, H, W]")
+    if text.shape[-1] != z.shape[1] or text.ndim not in (2, 3) or (text.ndim == 3 and len(text) != len(z)):
+        expected = f"[K, {z.shape[1]}] or [{len(z)}, K, {z.shape[1]}]"
+        raise ValueError(f"score_maps: text must be {expected} to match z, got {list(text.shape)}")
+    pixels = F.normalize(float32(z).flatten(2), dim=1, eps=1e-12)
+    return (F.normalize(float32(text), dim=-1, eps=1e-12) @ pixels).unflatten(-1, z.shape[2:])
+
+
+def segmentation_loss(
+    logits: Tensor,  # [B, K, h', w']
+    scores: Tensor,  # [B, K, h, w]
+    labels: Tensor,  # [B, H, W] integer
+    *,
+    tau: float = TAU,
+    auxiliary: float = AUXILIARY,
+    ignore_index: int = IGNORED,
+    reduction: str = "valid",
+) -> Tensor:
+    """CE(up(logits), labels) + auxiliary · CE(up(scores / tau), labels), of the decoder's logits and the score maps.
+
+    "valid" divides by the pixels that are labelled, 0 without any; "all" by all. On several ranks: by those of all.
+    Raises ValueError naming what does not fit.
+    """
+    check.one_of("segmentation_loss", "reduction", reduction, ("valid", "all"))
+    options = {"ignore_index": ignore_index, "reduction": "sum"}
+    total = upsampled_cross_entropy(logits, labels, **options)
+    total = total + auxiliary * upsampled_cross_entropy(scores, labels, 1 / tau, **options)
+    return share(total, (labels != ignore_index).sum() if reduction == "valid" else labels.numel())
+
+
+def detection_loss(
+    scores: Tensor,  # [B, K, h, w]
+    targets: Tensor,  # [B, K, H, W] bool
+    mask: Tensor,  # [B, H, W] bool
+    *,
+    tau: float = TAU,
+    reduction: str = "positions",
+) -> Tensor:
+    """What a detector's losses are added to: BCE of sigmoid(up(scores / tau)) inside the boxes; see `box_targets`.
+
+    "positions" divides the sum by the positions inside, 0 without any; "entries" by K times that. On several ranks: by
+    those of all. Raises ValueError naming what does not fit.
+    """
+    check.one_of("detection_loss", "reduction", reduction, ("positions", "entries"))
+    total = upsampled_binary_cross_entropy(scores, targets, mask, 1 / tau, reduction="sum")
+    return share(total, mask.sum() * (scores.shape[1] if reduction == "entries" else 1))
+
+
+def box_targets(
+    boxes: Sequence[Tensor],  # B of [n, 4]
+    classes: Sequence[Tensor],  # B of [n]
+    number: int,
+    size: tuple[int, int],
+    stride: int = 4,
+) -> tuple[Tensor, Tensor]:
+    """Targets bool [B, number, H, W] and mask bool [B, H, W] of boxes x0, y0, x1, y1 in pixels, (H, W) = `size`.
+
+    A box covers [⌊y0/4⌋, ⌊y1/4⌋) × [⌊x0/4⌋, ⌊x1/4⌋), which may be empty; boxes of several classes may overlap. With
+    instance masks as targets (Mask R-CNN), the mask stays that of the boxes. Raises ValueError naming what is wrong.
+    """
+    targets = torch.zeros(len(boxes), number, *size, dtype=torch.bool, device=boxes[0].device if boxes else None)
+    for image, corners, kinds in zip(targets, boxes, classes, strict=True):
+        check.matrix("box_targets", "boxes", corners, 4, like="x0, y0, x1, y1")
+        check.vector("box_targets", "classes", kinds, len(corners), corners, floating=False)
+        check.within("box_targets", "classes", kinds, 0, number)
+        cells = torch.div(corners, stride, rounding_mode="floor").long().clamp(min=0)
+        for (x0, y0, x1, y1), kind in zip(cells.tolist(), kinds.tolist(), strict=True):
+            image[kind, y0:y1, x0:x1] = True
+    return targets, targets.any(1)
+
+
+class Segmenter(nn.Module):
+    """CLIP and a decoder of two convolutions; with `text` [K, DIM] DenseCLIP, without it CLIP that is fine-tuned."""
+
+    def __init__(self, clip: Clip, classes: int, text: Tensor | None = None):
+        super().__init__()
+        self.clip = clip
+        self.prompt = None if text is None else PostModelPrompt(DIM, width=128, layers=2)
+        self.register_buffer("text", text)
+        read = clip.tower.width + (0 if text is None else classes)
+        self.head = nn.Sequential(nn.Conv2d(read, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, classes, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:  # [B, H, W]
+        """Logits and score maps, [B, K, H/8, W/8] each."""
+        x, visual = self.clip(images)
+        if self.prompt is None:
+            return self.head(x), None
+        z = visual[:, 1:].mT.unflatten(-1, x.shape[2:])
+        scores = score_maps(z, self.prompt(self.text, visual))
+        return self.head(torch.cat([x, scores], 1)), scores
+
+
+def slower(parameters: Iterable[Tensor], factor: float) -> Callable[[int], None]:
+    """Of parameters that AdamW moves, whose steps are linear in the rate: called after each, a rate `factor` times as
+    high."""
+    moved = [p for p in parameters if p.requires_grad]
+    before = [p.detach().clone() for p in moved]
+
+    @torch.no_grad()
+    def after(_: int) -> None:
+        for p, old in zip(moved, before, strict=True):
+            old.lerp_(p, factor)
+            p.copy_(old)
+
+    return after
+
+
+def run(
+    steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
+) -> dict[str, Any]:
+    """Pages of icons, each inside its frame labelled with one of 48 names. A CLIP of single icons becomes a DenseCLIP,
+    and, without score maps and their loss, plain fine-tuning of the same start.
+
+    Half of a name's drawings are for the test: no training sees them. T is MiniLM's, through CLIP's linear head, and
+    frozen: MiniLM takes no learned contexts. CLIP's other weights learn at a tenth of the rate, in both models; the
+    decoder reads one scale of features, where the paper's reads four.
+    """
+    start_steps = START_STEPS if steps is None else min(steps, START_STEPS)
+    steps = STEPS if steps is None else steps
+    report = Report("denseclip", output, steps=steps, seed=seed, limit=limit, batch=BATCH, start_steps=start_steps)
+    classes = Classes.load(limit, seed)
+    icons, models = classes.icons, {}
+    start = pretrained(icons, classes.seen, seed, start_steps)
+    with torch.no_grad():
+        text = start.text(icons.texts[: classes.count])
+    for label in ("CLIP, fine-tuned", "DenseCLIP"):
+        torch.manual_seed(seed)
+        models[label] = model = Segmenter(deepcopy(start), classes.count, text if label == "DenseCLIP" else None)
+        pages = classes.pages(BATCH, seed)
+
+        def step(_: int, model=model, pages=pages) -> Tensor:
+            page, labels = next(pages)
+            logits, scores = model(page.images)
+            if scores is None:
+                return upsampled_cross_entropy(logits, labels)
+            return segmentation_loss(logits, scores, labels)
+
+        model.clip.text.requires_grad_(False)
+        after = slower(model.clip.parameters(), BACKBONE)
+        with report.model(label) as found:
+            found.losses = train(label, steps, model, step, rate=RATE, decay=1e-4, clip=1.0, after=after)
+            found.metrics = mean_iou(model, classes)
+    names = icons.names[: classes.count]
+    return report.close(model, lambda place: draw(place, classes, models), classes=names)

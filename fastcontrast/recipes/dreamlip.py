@@ -1,0 +1,220 @@
+"""DreamLIP: a long caption is many sentences. Each of them is a positive of the image, and of the patches that it
+is similar to.
+
+Of images v_i, sentences t_ik (k = 0 the raw caption, K in all) and patches p_im (M of them), all of length 1:
+
+    L_MP   = 1/K Σ_k CLIP's loss of (v_i, t_ik) over i       sentences of one image never compete
+    S_km   = ⟨t_k, p_m⟩,  w_km = (S_km − min_m S_k) / (max_m S_k − min_m S_k + 1e-10), 0 where below σ
+    g_k    = N(Σ_m w_km p_m / Σ_m w_km)                      N(x) = x / ‖x‖; uniform weights where all w_km are 0
+    L_S    = CLIP's loss of the pairs (t_ik, g_ik), B·K of them: here sentences of one image do compete
+    L      = λ_MP L_MP (scale s) + λ_S L_S (scale s_l) + λ_C L_circle
+
+L_circle, off by default, is over cosines s: of row i the positives s_p = ⟨v_i, t_ik⟩, all other sentences s_n:
+
+    mean_i softplus( lse_p(−γ a_p (s_p − 1 + m)) + lse_n(γ a_n (s_n − m)) ),   a_p = [1 + m − s_p]₊,  a_n = [s_n + m]₊
+
+with constant a_p, a_n. Nothing else is without gradient: of the minimum and the maximum the lowest m gets it.
+
+FAQ. Why is L_S over the whole batch, where the paper has only the K sentences of an image? That is what the released
+code trains with; the paper's is `form="instance"`. Why is σ = 0 the default, which drops no patch? So is the code's.
+
+Source: Zheng et al. 2024, "DreamLIP: Language-Image Pre-training with Long Captions", arXiv 2403.17007.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastcontrast import clip_loss
+from fastcontrast.distributed._sums import numbers, over_keys, share
+from fastcontrast.ops import _check as check
+from fastcontrast.ops import pairwise_reduce
+from fastcontrast.ops._precision import float32, without_autocast
+from fastcontrast.ops._unit import unit_rows
+
+MARGIN, GAMMA = 0.25, 32.0  # of the circle loss
+
+# ---------------------------------------------------------------------------------------------------------- objective
+
+
+@without_autocast
+def pool_patches(
+    texts: Tensor,  # [B, K, E]
+    patches: Tensor,  # [B, M, E]
+    *,
+    sigma: float = 0.0,
+    norm: str = "min_max",
+) -> Tensor:
+    """g [B, K, E]: for each sentence the mean of its image's patches, weighted by similarity, of length 1; in float32
+    for half precision, in which 1e-10 would be 0.
+
+    Args:
+        sigma: weights below it become 0; negative: 1 / M. At most 1.
+        norm: "min_max", or "softmax" over m without temperature in its place.
+
+    Raises ValueError naming what was expected and what came.
+    """
+    op = "pool_patches"
+    check.tensor(op, "texts", texts, 3, "[B, K, E]")
+    check.tensor(op, "patches", patches, 3, "[B, M, E]")
+    check.one_of(op, "norm", norm, ("min_max", "softmax"))
+    count, _, width = texts.shape
+    if patches.shape[::2] != (count, width) or not patches.shape[1]:
+        raise ValueError(f"{op}: patches must be [{count}, M, {width}] to match texts, M > 0, got {[*patches.shape]}")
+    if not sigma <= 1:
+        raise ValueError(f"{op}: sigma must be at most 1, above which no patch is left, got {sigma}")
+    texts, patches = float32(texts), float32(patches)
+    m = patches.shape[1]
+    scores = texts @ patches.mT  # [B, K, M]
+    if norm == "min_max":
+        low, high = scores.min(-1, keepdim=True).values, scores.max(-1, keepdim=True).values  # of equals the first
+        weights = (scores - low) / (high - low + 1e-10)
+    else:
+        weights = scores.softmax(-1)
+    weights = weights * (weights >= (1 / m if sigma < 0 else sigma))
+    total = weights.sum(-1, keepdim=True)
+    some = total > 0
+    weights = torch.where(some, weights / total.where(some, 1.0), 1 / m)
+    return unit_rows((weights @ patches).flatten(0, 1)).unflatten(0, scores.shape[:2])
+
+
+def instance_loss(
+    queries: Tensor,  # [B, K, E]
+    keys: Tensor,  # [B, K, E]
+    scale: float | Tensor,
+    same: Tensor | None = None,  # [B, K] integer
+) -> Tensor:
+    """mean_ik (log Σ_j exp(scale ⟨q_ik, k_ij⟩) − scale ⟨q_ik, k_ik⟩): K × K inside each image, over the keys."""
+    logits = scale * (float32(queries) @ float32(keys).mT)
+    if same is not None:
+        others = ~torch.eye(same.shape[1], dtype=torch.bool, device=same.device)
+        logits = logits.masked_fill((same[:, :, None] == same[:, None]) & others, float("-inf"))
+    rows = logits.logsumexp(-1) - logits.diagonal(dim1=1, dim2=2)
+    return share(rows.sum(), rows.numel())
+
+
+@without_autocast
+def circle_loss(image: Tensor, texts: Tensor) -> Tensor:  # [B, E], [B, K, E]
+    """L_circle, without a matrix of B × B·K."""
+    image, texts = float32(image), float32(texts)
+    positive = torch.einsum("be,bke->bk", image, texts)
+    pull = (-GAMMA * (1 + MARGIN - positive).relu().detach() * (positive - 1 + MARGIN)).logsumexp(1)
+    rows = numbers(len(image), image.device)
+    # Exponents of cosines lie in [−2, 30]: the sum needs no maximum first, so each tile is seen once.
+    push = over_keys(_other_terms, [image, rows], [texts, rows])
+    none = push == 0  # one image alone has no negatives, and its loss is 0
+    push = push.masked_fill(none, 1.0).log().masked_fill(none, float("-inf"))
+    return share(F.softplus(pull + push).sum(), len(image))
+
+
+def _other_terms(local: Sequence[Tensor], block: Sequence[Tensor], _: slice) -> Tensor:
+    """Σ over the block's sentences of other images of exp(γ a_n (s_n − m)), [rows]."""
+    (image, rows), (texts, columns) = local, block
+
+    def tile(image: Tensor, texts: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        cosines = torch.einsum("be,nke->bnk", image, texts)
+        terms = (GAMMA * (cosines + MARGIN).relu().detach() * (cosines - MARGIN)).exp()
+        return terms.masked_fill((rows[i, None] == columns[j])[..., None], 0.0).sum((1, 2))
+
+    return pairwise_reduce(tile, image, texts, block=(max(1, len(image)), 128))
+
+
+def dreamlip_loss(
+    image: Tensor,  # [B, E]
+    texts: Tensor,  # [B, K, E]
+    patches: Tensor,  # [B, M, E]
+    scale: float | Tensor,
+    local_scale: float | Tensor,
+    *,
+    lambda_mp: float = 1.0,
+    lambda_s: float = 1.0,
+    lambda_circle: float = 0.0,
+    sigma: float = 0.0,
+    norm: str = "min_max",
+    form: str = "batch",
+    same: Tensor | None = None,  # [B, K] integer
+) -> Tensor:
+    """λ_MP L_MP + λ_S L_S + λ_C L_circle of features of length 1; a term of weight 0 is not computed.
+
+    Args:
+        scale, local_scale: s and s_l, two `Scale()`s of their own.
+        lambda_circle: 0.1 where the released code is asked for this term.
+        sigma, norm: see `pool_patches`.
+        form: of L_S: "batch", the released code's, or "instance", the paper's: each sentence against the K pooled
+            vectors of its image.
+        same: equal numbers in a row are equal sentences of that image, which then do not compete in L_S; by default
+            they do. Draws with replacement give such.
+
+    Raises ValueError naming what was expected and what came.
+    """
+    op = "dreamlip_loss"
+    check.tensor(op, "texts", texts, 3, "[B, K, E]")
+    count, k, width = texts.shape
+    if image.shape != (count, width) or not k:
+        raise ValueError(
+            f"{op}: image must be [B, E] of texts [B, K, E], K > 0, got {[*image.shape]}, {[*texts.shape]}"
+        )
+    check.one_of(op, "form", form, ("batch", "instance"))
+    if same is not None and same.shape != (count, k):
+        raise ValueError(f"{op}: same must be [{count}, {k}], got {[*same.shape]}")
+    loss = float32(image).new_zeros(())
+    if lambda_mp:
+        loss = loss + lambda_mp * sum(clip_loss(image, t, scale) for t in texts.unbind(1)) / k
+    if lambda_s:
+        pooled = pool_patches(texts, patches, sigma=sigma, norm=norm)
+        if form == "instance":
+            loss = loss + lambda_s * instance_loss(texts, pooled, local_scale, same)
+        else:
+            flat = texts.flatten(0, 1), pooled.flatten(0, 1)
+            loss = loss + lambda_s * clip_loss(*flat, local_scale, ids=None if same is None else _ids(same))
+    if lambda_circle:
+        loss = loss + lambda_circle * circle_loss(image, texts)
+    return loss
+
+
+def _ids(same: Tensor) -> Tensor:  # [B, K]
+    """Numbers [B·K], equal where two sentences of one image are."""
+    first = (same[:, :, None] == same[:, None]).int().argmax(-1)  # the first slot with the same sentence
+    return (numbers(len(same), same.device)[:, None] * same.shape[1] + first).flatten()
+
+
+# --------------------------------------------------------------------------------------------------------------- loop
+
+
+def sentences(captions: Iterable[str]) -> list[str]:
+    """The pool of an image: all of its captions, split at new lines, full stops and end tags, without what is empty."""
+    return [part for caption in captions for part in map(str.strip, re.split(r"\n|\.|</s>", caption)) if part]
+
+
+def draw_sentences(
+    pool: Sequence[str], count: int, draw: random.Random, *, merged: int = 1, skip_last: bool = False
+) -> list[str]:
+    """`count` of the pool, no two the same unless it has fewer.
+
+    Args:
+        merged: from each one that is drawn, so many that follow each other in the pool are joined.
+        skip_last: as in the released code, which never draws the last one of several.
+    """
+    if not pool or count < 0 or merged < 1:
+        got = f"{len(pool)}, {count}, {merged}"
+        raise ValueError(f"draw_sentences: pool and merged must be at least 1, count at least 0, got {got}")
+    first = range(max(1, len(pool) - skip_last))
+    drawn = draw.sample(first, count) if count <= len(first) else draw.choices(first, k=count)
+    return [". ".join(pool[i : i + merged]) for i in drawn]
+
+
+def run(
+    steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
+) -> dict[str, Any]:
+    """Trains on pages composed of icons: see `fastcontrast.recipes._dreamlip_run`."""
+    from ._dreamlip_run import run as train
+
+    return train(steps, output=output, seed=seed, limit=limit)
