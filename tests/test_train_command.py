@@ -196,6 +196,7 @@ def test_the_readme_quotes_the_committed_run():
     assert f"{right['x_clip']} right on {run['test_clips']} clips" in prose
     assert f"{right['messages']} with messages only, {right['integration']} with the integration only" in prose
     assert f"{right['pooled']} if frames are apart and pooled" in prose
+    assert "(benchmarks/results/train_x_clip.png)" in prose
     assert f"chance {100 / len(run['classes']):.1f} %" in prose and f"in {run['seconds']:.0f} s on two" in prose
     assert run["classes"] == [*_x_clip_run.WAYS] and (run["steps"], run["batch"]) == (
         _x_clip_run.STEPS, _x_clip_run.BATCH,

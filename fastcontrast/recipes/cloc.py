@@ -128,8 +128,8 @@ def run(
     page has: each region asks for its name, each name for its regions, each page for its caption, and each name for its
     box on the page, of which a box that never moves would miss 22 % of a side.
 
-    In short runs the claim does not show: CLIP's regions are ahead, and boxes are found no better than by the one that
-    never moves. Boxes here are cells, whose mean has nothing to learn, while the prompter has to learn what a box is.
+    The claim hardly shows: regions are a little ahead of CLIP's, boxes are found no better than by the one that never
+    moves. Boxes here are cells, whose mean has nothing to learn, while the prompter has to learn what a box is.
     """
     steps = STEPS if steps is None else steps
     report = Report("cloc", output, steps=steps, seed=seed, limit=limit, batch=BATCH, pool=POOL, labelled=LABELLED)

@@ -71,21 +71,50 @@ def pool_patches(
         raise ValueError(f"{op}: patches must be [{count}, M, {width}] to match texts, M > 0, got {[*patches.shape]}")
     if not sigma <= 1:
         raise ValueError(f"{op}: sigma must be at most 1, above which no patch is left, got {sigma}")
-    texts, patches = float32(texts), float32(patches)
-    m = patches.shape[1]
-    scores = texts @ patches.mT  # [B, K, M]
+    threshold = 1 / patches.shape[1] if sigma < 0 else float(sigma)
+    pooled = _Pool.apply(float32(texts), float32(patches), threshold, norm)
+    return unit_rows(pooled.flatten(0, 1)).view_as(texts)
+
+
+class _Pool(torch.autograd.Function):
+    """Σ_m a_km p_m. By hand for the gradient of the patches: one product where autograd adds up two tensors as large
+    as they are."""
+
+    @staticmethod
+    def forward(ctx, texts, patches, threshold, norm):
+        scores = texts @ patches.mT
+        ctx.save_for_backward(texts, patches, scores)
+        ctx.settings = threshold, norm
+        return _weights(scores, threshold, norm) @ patches
+
+    @staticmethod
+    def backward(ctx, gradient):  # of unit_rows, which refuses a second gradient
+        return *_gradients(gradient, *ctx.saved_tensors, *ctx.settings), None, None
+
+
+@without_autocast  # a backward may be called inside it
+def _gradients(gradient: Tensor, texts: Tensor, patches: Tensor, scores: Tensor, *settings) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        scores = scores.detach().requires_grad_()
+        weights = _weights(scores, *settings)
+    (of_scores,) = torch.autograd.grad(weights, scores, gradient @ patches.mT)
+    return of_scores @ patches, torch.cat([weights.detach(), of_scores], 1).mT @ torch.cat([gradient, texts], 1)
+
+
+def _weights(scores: Tensor, threshold: float, norm: str) -> Tensor:  # [B, K, M]
+    """a [B, K, M], which sum to 1 over m."""
     if norm == "min_max":
         low, high = scores.min(-1, keepdim=True).values, scores.max(-1, keepdim=True).values  # of equals the first
         weights = (scores - low) / (high - low + 1e-10)
     else:
         weights = scores.softmax(-1)
-    weights = weights * (weights >= (1 / m if sigma < 0 else sigma))
+    weights = weights * (weights >= threshold)
     total = weights.sum(-1, keepdim=True)
     some = total > 0
-    weights = torch.where(some, weights / total.where(some, 1.0), 1 / m)
-    return unit_rows((weights @ patches).flatten(0, 1)).unflatten(0, scores.shape[:2])
+    return torch.where(some, weights / total.where(some, 1.0), 1 / scores.shape[-1])
 
 
+@without_autocast
 def instance_loss(
     queries: Tensor,  # [B, K, E]
     keys: Tensor,  # [B, K, E]
@@ -120,9 +149,10 @@ def _other_terms(local: Sequence[Tensor], block: Sequence[Tensor], _: slice) -> 
     (image, rows), (texts, columns) = local, block
 
     def tile(image: Tensor, texts: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        cosines = torch.einsum("be,nke->bnk", image, texts)
-        terms = (GAMMA * (cosines + MARGIN).relu().detach() * (cosines - MARGIN)).exp()
-        return terms.masked_fill((rows[i, None] == columns[j])[..., None], 0.0).sum((1, 2))
+        cosines = image @ texts.flatten(0, 1).T
+        terms = (GAMMA * (cosines.detach() + MARGIN).relu_() * (cosines - MARGIN)).exp()
+        of_images = terms.unflatten(1, texts.shape[:2]).sum(2)
+        return of_images.masked_fill(rows[i, None] == columns[j], 0.0).sum(1)
 
     return pairwise_reduce(tile, image, texts, block=(max(1, len(image)), 128))
 
