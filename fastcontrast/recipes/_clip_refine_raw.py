@@ -1,21 +1,13 @@
-"""Features of icons and names before their towers normalise them, and how far the two kinds lie apart after that."""
+"""Features of icons and names of another length, and how far the two kinds lie apart at length 1."""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcontrast.towers import GlyphTower, TwoTowers, encode
 
-from ._icons import Icons
-
-
-def raw(tower: nn.Module, x: Tensor) -> Tensor:
-    """What a tower of icons or of names gives before it normalises, [B, D]."""
-    found, last = [], tower.layers if isinstance(tower, GlyphTower) else tower.linear
-    with last.register_forward_hook(lambda *call: found.append(call[-1].float())):
-        tower(x)
-    return found[0]
+from ._icons import Icons, raw
 
 
 @torch.no_grad()

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastcontrast import data
 from fastcontrast.data import Pairs, cache_folder
 from fastcontrast.demo import training
 from fastcontrast.demo.recall import evaluate
 from fastcontrast.minilm import minilm_features
-from fastcontrast.towers import TwoTowers
+from fastcontrast.towers import GlyphTower, TwoTowers
 
 START_STEPS, START_BATCH = 40, 2048  # of the CLIP that recipes of fine-tuning begin with
 UNSEEN = 1000  # names kept out of all training
@@ -67,9 +67,10 @@ class Icons:
         part.replace(path)  # a reader never sees half a file
         return model
 
-    def recall(self, model: TwoTowers) -> dict[str, float]:
-        """recall@1 on the unseen names, per cent: icon → name, name → icon."""
-        found = evaluate(model, self.glyphs, self.texts, self.pairs)
+    def recall(self, model: TwoTowers, texts: Tensor | None = None) -> dict[str, float]:
+        """recall@1 on the unseen names, per cent: icon → name, name → icon; of a model that reads `texts` [K, ...] of
+        the names, default their MiniLM features."""
+        found = evaluate(model, self.glyphs, self.texts if texts is None else texts, self.pairs)
         return {
             "icon → name R@1, %": 100 * found["item_to_name"]["1"],
             "name → icon R@1, %": 100 * found["name_to_item"]["1"],
@@ -80,6 +81,14 @@ def load(limit: int | None = None) -> Icons:
     """All icons, or about `limit` of them. Raises MissingDataError without the packages."""
     drawn = data.icons(limit=limit, unseen=UNSEEN if limit is None else max(1, limit // 16))
     return Icons(drawn, minilm_features(drawn.names))
+
+
+def raw(tower: nn.Module, x: Tensor) -> Tensor:
+    """What a tower of icons or of names gives before it normalises, [B, D]."""
+    found, last = [], tower.layers if isinstance(tower, GlyphTower) else tower.linear
+    with last.register_forward_hook(lambda *call: found.append(call[-1].float())):
+        tower(x)
+    return found[0]
 
 
 def rewrites(name: str) -> list[str]:

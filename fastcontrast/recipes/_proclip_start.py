@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from fastcontrast import clip_loss
-from fastcontrast.demo import recall
 from fastcontrast.towers import HashedWords, TwoTowers
 
 from . import _icons
@@ -42,10 +41,3 @@ def fewer_names(icons: _icons.Icons, share: float, seed: int) -> _icons.Icons:
     """The same icons, of whose seen names only a share is seen."""
     drawn = torch.rand(len(icons.names), generator=torch.Generator().manual_seed(seed)) < share
     return replace(icons, pairs=replace(icons.pairs, unseen=icons.pairs.unseen | ~drawn))
-
-
-def scores(icons: _icons.Icons, model: TwoTowers, texts: Tensor) -> dict[str, float]:
-    """recall@1 on the unseen names, per cent, of a model that reads `texts` [K, ...]."""
-    found = recall.evaluate(model, icons.glyphs, texts, icons.pairs)
-    ways = {"icon → name": "item_to_name", "name → icon": "name_to_item"}
-    return {f"{way} R@1, %": 100 * found[key]["1"] for way, key in ways.items()}

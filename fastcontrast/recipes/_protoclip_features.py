@@ -17,13 +17,9 @@ DECAY = 1e-4
 
 
 def raw(model: TwoTowers, icons: _icons.Icons, rows: Tensor) -> list[Tensor]:
-    """What the last layers of both towers give of items `rows`, before they make it unit, [B, 256] each."""
-    found: list[Tensor] = []
-    towers, inputs = (model.item_tower, model.name_tower), (icons.glyphs[rows], icons.texts[icons.ids[rows]])
-    for tower, x, last in zip(towers, inputs, (model.item_tower.layers, model.name_tower.linear), strict=True):
-        with last.register_forward_hook(lambda layer, inputs, output: found.append(output.float())):
-            tower(x)
-    return found
+    """What both towers give of items `rows` before they make it unit, [B, 256] each."""
+    inputs = icons.glyphs[rows], icons.texts[icons.ids[rows]]
+    return [_icons.raw(tower, x) for tower, x in zip((model.item_tower, model.name_tower), inputs, strict=True)]
 
 
 def principal(x: Tensor, width: int) -> Tensor:  # [N, D]

@@ -36,7 +36,7 @@ from fastcontrast.ops._precision import float32
 
 from . import _icons
 from ._clip_refine_blend import blended_divergence
-from ._clip_refine_raw import at_scale, gap, raw
+from ._clip_refine_raw import at_scale, gap
 from ._noise import batch_noise
 from ._report import Report, Scale, train
 
@@ -165,7 +165,7 @@ def run(
             glyphs, ids = icons.glyphs[rows], icons.ids[rows]
             if label != "CLIP-Refine":
                 return clip_loss(model.item_tower(glyphs), model.name_tower(icons.texts[ids]), scale())
-            image, text = raw(model.item_tower, glyphs), raw(model.name_tower, icons.texts[ids])
+            image, text = _icons.raw(model.item_tower, glyphs), _icons.raw(model.name_tower, icons.texts[ids])
             return clip_refine_loss(image, text, teacher_images[rows], teacher_texts[ids], noise(image))
 
         with report.model(label) as found:

@@ -37,7 +37,7 @@ from fastcontrast.ops._precision import float32
 from fastcontrast.towers import hash_words
 
 from . import _icons
-from ._proclip_start import DIM, bag_of_words_clip, either, fewer_names, scores
+from ._proclip_start import DIM, bag_of_words_clip, either, fewer_names
 from ._report import Report, Scale, train
 
 STEPS, BATCH = 40, 512
@@ -166,7 +166,7 @@ def run(
     embedded = torch.stack([icons.texts, minilm_features(raw)])  # [2, K, 384], what the new one says
     with report.model("CLIP, bag of words") as found:
         start, found.losses = bag_of_words_clip(icons, words, START_STEPS, seed)
-        found.metrics = scores(icons, start, words[0])
+        found.metrics = icons.recall(start, words[0])
     few = fewer_names(icons, TAUGHT, seed)
     for label, weight in (("2nd stage alone", 0.0), ("ProCLIP", WEIGHT)):
         torch.manual_seed(seed)
@@ -175,7 +175,7 @@ def run(
         with report.model(label) as found:
             if weight:
                 imitate(model.name_tower, start.name_tower, embedded, words, few, seed)
-                found.metrics = {f"{name} after 1st stage": x for name, x in scores(icons, model, icons.texts).items()}
+                found.metrics = {f"{name} after 1st stage": x for name, x in icons.recall(model).items()}
             batches, choice = few.batches(BATCH, seed), torch.Generator().manual_seed(seed)
 
             def step(_: int, model=model, scale=scale, teacher=teacher, weight=weight, batches=batches, choice=choice):
@@ -190,7 +190,7 @@ def run(
 
             learned = [*model.parameters(), *scale.parameters()]
             found.losses = train(label, steps, learned, step, rate=RATE, decay=0.05, after=after)
-            found.metrics = scores(icons, model, icons.texts) | found.metrics
+            found.metrics = icons.recall(model) | found.metrics
     return report.close(model)
 
 
