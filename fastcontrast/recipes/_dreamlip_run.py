@@ -63,7 +63,8 @@ def run(
     time a page is seen its icons lie in other places. Tested on pages of icons whose names none of the models saw.
 
     A name points at the patch most similar to it, which should be its icon's cell: one in nine by chance. Patches go
-    through the projection of whole pages where they have none of their own, that is but for DreamLIP.
+    through the projection of whole pages where they have none of their own, that is but for DreamLIP. Sentences as
+    positives of their own help; the grouping loss beside them does not, in so few steps.
     """
     steps = STEPS if steps is None else steps
     report = Report("dreamlip", output, steps=steps, seed=seed, limit=limit, batch=BATCH)

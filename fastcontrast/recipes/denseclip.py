@@ -166,7 +166,7 @@ def run(
 
     Half of a name's drawings are for the test: no training sees them. T is MiniLM's, through CLIP's linear head, and
     frozen: MiniLM takes no learned contexts. CLIP's other weights learn at a tenth of the rate, in both models; the
-    decoder reads one scale of features, where the paper's reads four.
+    decoder reads one scale of features, where the paper's reads four. The claim does not show: the two end alike.
     """
     start_steps = START_STEPS if steps is None else min(steps, START_STEPS)
     steps = STEPS if steps is None else steps
