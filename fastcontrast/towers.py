@@ -196,6 +196,11 @@ def hash_words(texts: list[str], buckets: int = 1 << 17, limit: int = 256) -> Te
             token for both in zip(words, [*pairs, None], strict=False) for token in both if token
         ]  # a cut keeps both kinds
         rows.append([zlib.crc32(token.encode()) % (buckets - 1) + 1 for token in mixed[:limit]])
+    return padded(rows)
+
+
+def padded(rows: list[list[int]]) -> Tensor:
+    """Codes int64 [B, T], T the longest row and at least 1; behind the others' ends 0."""
     codes = torch.zeros(len(rows), max(map(len, rows), default=0) or 1, dtype=torch.int64)
     for line, row in zip(codes, rows, strict=True):
         line[: len(row)] = torch.tensor(row, dtype=torch.int64)

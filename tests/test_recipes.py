@@ -50,7 +50,7 @@ def test_they_read_alike(name):
     assert arxiv in module.__doc__, "docstring and list cite the same paper"
 
 
-def test_the_median_file_is_short():
+def test_the_median_file_of_the_folder_is_short():
     assert statistics.median(len(path.read_text().splitlines()) for path in FOLDER.glob("*.py")) < 150
 
 

@@ -15,7 +15,7 @@ from fastcontrast.data import SIDE, Pairs
 from fastcontrast.minilm import minilm_features
 
 from ._icons import Icons
-from ._pages import CELLS, PAGE, Pages, compose
+from ._pages import CELLS, Pages, compose, joined
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -80,7 +80,7 @@ class Classes:
         item = pages.items[page, slot]
         named = self.icons.ids[item].to(torch.uint8)[:, None, None]
         labels[page, pages.places[page, slot]] = named.where(frames(self.icons.glyphs[item]), IGNORED)
-        return pages, labels.view(batch, CELLS, CELLS, SIDE, SIDE).transpose(2, 3).reshape(batch, PAGE, PAGE)
+        return pages, joined(labels)
 
 
 def frames(glyphs: Tensor) -> Tensor:  # [N, H, W]

@@ -40,10 +40,14 @@ def compose(glyphs: Tensor, items: Tensor, generator: torch.Generator) -> Pages:
     cells = torch.zeros(count, CELLS * CELLS, SIDE, SIDE, dtype=torch.uint8)
     page, slot = there.nonzero(as_tuple=True)
     cells[page, places[page, slot]] = glyphs[items[page, slot]]
-    images = cells.view(count, CELLS, CELLS, SIDE, SIDE).transpose(2, 3).reshape(count, PAGE, PAGE)
     corner = torch.stack([places % CELLS, places // CELLS], -1) / CELLS  # x, y
     boxes = torch.cat([corner, corner + 1 / CELLS], -1) * there[..., None]
-    return Pages(images, items, boxes, torch.where(there, places, -1))
+    return Pages(joined(cells), items, boxes, torch.where(there, places, -1))
+
+
+def joined(cells: Tensor) -> Tensor:  # [B, 9, 32, 32]
+    """Pages [B, 96, 96] of cells row by row."""
+    return cells.view(-1, CELLS, CELLS, SIDE, SIDE).transpose(2, 3).reshape(-1, PAGE, PAGE)
 
 
 class PageTower(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastcontrast import clip_loss
 from fastcontrast.minilm import WIDTH, minilm_features
-from fastcontrast.towers import HashedWords, encode
+from fastcontrast.towers import HashedWords, encode, padded
 
 from . import _icons
 from ._django import phrases
@@ -104,7 +104,4 @@ def pieces(texts: list[str]) -> Tensor:
         words = [f"<{word}>" for word in re.findall(r"\w+", text.lower())]
         parts = [w[i : i + n] for w in words for n in (3, 4, 5) for i in range(len(w) - n + 1)]
         rows.append([zlib.crc32(part.encode()) % (BUCKETS - 1) + 1 for part in (*words, *parts)[:LIMIT]])
-    codes = torch.zeros(len(rows), max(map(len, rows), default=0) or 1, dtype=torch.int64)
-    for line, row in zip(codes, rows, strict=True):
-        line[: len(row)] = torch.tensor(row, dtype=torch.int64)
-    return codes
+    return padded(rows)
