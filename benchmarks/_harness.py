@@ -283,7 +283,10 @@ def _judge(bar: Bar, rows: dict[str, Row], floors: dict[str, Row]) -> None:
         if value is None:
             return row.judge(bar, None, f"{name} {other.status}")
         values.append(value)
-    return row.judge(bar, values[0] / values[1] if bar.over else values[0])
+    if not bar.over:
+        return row.judge(bar, values[0])
+    least = 1 << 20 if bar.what == "peak_extra_bytes" else 0.0  # less memory is not told from none
+    return row.judge(bar, values[0] / max(values[1], least))
 
 
 # -------------------------------------------------------------------------------------------------------- command line

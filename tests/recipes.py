@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pytest import MonkeyPatch
 from torch import Tensor, nn
 
+from fastcontrast import cli
 from fastcontrast.distributed import exchange
+from fastcontrast.recipes._shared import icons
 from fastcontrast.testing import ranks
 
 
@@ -85,3 +91,19 @@ def assert_resumes(make: Callable[[], nn.Module], step: Callable[[nn.Module, int
     again = make()
     again.load_state_dict(torch.load(file))
     torch.testing.assert_close(step(again, 2), step(module, 2), rtol=0, atol=0)
+
+
+def train_a_little(
+    name: str, folder: Path, monkeypatch: MonkeyPatch, *, steps: int = 2, **constants: int
+) -> dict[str, Any]:
+    """Runs `fastcontrast train name` on some 300 items, with `constants` of the recipe's module, such as BATCH, in
+    place of its own. All its files are written; returns what its JSON says."""
+    for constant, value in constants.items():
+        monkeypatch.setattr(importlib.import_module(f"fastcontrast.recipes.{name}"), constant, value)
+    monkeypatch.setattr(icons, "START_STEPS", 2)
+    monkeypatch.setattr(icons, "START_BATCH", 64)
+    monkeypatch.setattr(icons, "cache_folder", lambda: folder / "cache")  # such a start is of use to nobody else
+    output = folder / "output"
+    assert cli.main(["train", name, "--steps", str(steps), "--limit", "300", "--output", str(output)]) == 0
+    assert {path.name for path in output.iterdir()} == {f"{name}.{kind}" for kind in ("json", "png", "safetensors")}
+    return json.loads((output / f"{name}.json").read_text())

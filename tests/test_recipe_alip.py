@@ -1,14 +1,12 @@
 """ALIP against its definition: golden values, the dense formula, invariants, edges, ranks, resume, the command."""
 
-import json
 import math
 
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, unit, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, unit, waves
 
-from fastcontrast import cli, clip_loss
-from fastcontrast.recipes import alip
+from fastcontrast import clip_loss
 from fastcontrast.recipes.alip import Gates, alip_loss
 
 SCALE = 1 / 0.07
@@ -156,10 +154,7 @@ def test_resumes():
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(alip, "BATCH", 64)
-    assert cli.main(["train", "alip", "--steps", "2", "--limit", "300", "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"alip.json", "alip.png", "alip.safetensors"}
-    results = json.loads((tmp_path / "alip.json").read_text())
+    results = train_a_little("alip", tmp_path, monkeypatch, BATCH=64)
     assert set(results["models"]) == {"CLIP", "CLIP, two texts", "ALIP"} and results["wrong_texts"] > 100
     for found in results["models"].values():
         assert len(found["losses"]) == 2 and set(found["implementations"]) == {"similarity_lse"}

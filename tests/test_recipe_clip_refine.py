@@ -1,14 +1,12 @@
 """CLIP-Refine against its definition: golden values, the dense formula, edges, ranks, resume, the command."""
 
-import json
-
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, waves
 from torch.nn import functional as F
 
-from fastcontrast import cli, clip_loss
-from fastcontrast.recipes import _clip_refine_blend, _icons, clip_refine
+from fastcontrast import clip_loss
+from fastcontrast.recipes._parts import clip_refine_hycd
 from fastcontrast.recipes.clip_refine import Noise, clip_refine_loss, hycd_loss, rafa_loss
 
 X, T, X_STAR, T_STAR, Z = (waves(4, 6, c) for c in range(5))
@@ -54,8 +52,8 @@ def test_golden_values():
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 0.9, 1.0])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_equals_the_dense_formula(alpha, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(_clip_refine_blend, "ROWS", 16)
-    monkeypatch.setattr(_clip_refine_blend, "COLUMNS", 10)  # 3 × 4 tiles, of which the diagonal crosses some
+    monkeypatch.setattr(clip_refine_hycd, "ROWS", 16)
+    monkeypatch.setattr(clip_refine_hycd, "COLUMNS", 10)  # 3 × 4 tiles, of which the diagonal crosses some
     torch.manual_seed(0)
     four = [torch.randn(37, 11, dtype=torch.float64) for _ in range(2)]
     four += [torch.randn(37, 7, dtype=torch.float64) for _ in range(2)]  # a teacher may be narrower
@@ -170,16 +168,9 @@ def test_resumes():
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(clip_refine, "BATCH", 64)
-    monkeypatch.setattr(_icons, "START_STEPS", 2)
-    monkeypatch.setattr(_icons, "START_BATCH", 64)
-    monkeypatch.setenv("FASTCONTRAST_CACHE", str(tmp_path / "cache"))  # a start like this is nobody else's
-    output = tmp_path / "output"
-    assert cli.main(["train", "clip_refine", "--steps", "2", "--limit", "300", "--output", str(output)]) == 0
-    assert {p.name for p in output.iterdir()} == {f"clip_refine.{kind}" for kind in ("json", "png", "safetensors")}
-    models = json.loads((output / "clip_refine.json").read_text())["models"]
+    models = train_a_little("clip_refine", tmp_path, monkeypatch, BATCH=64)["models"]
     assert list(models) == ["CLIP, the start", "CLIP, trained on", "CLIP-Refine"]
     for found in models.values():
         assert set(found["metrics"]) == {"modality gap, %", "icon → name R@1, %", "name → icon R@1, %"}
     assert [len(found["losses"]) for found in models.values()] == [0, 2, 2]
-    assert set(models["CLIP-Refine"]["implementations"]) == {"similarity_lse"}
+    assert set(models["CLIP, trained on"]["implementations"]) == {"similarity_lse"}

@@ -1,16 +1,15 @@
 """CLOC against its definition: golden values, the dense formulas, invariants, edges, ranks, the command."""
 
-import json
-
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, close, gradients, unit, waves
+from recipes import assert_ranks_equal_one, close, gradients, train_a_little, unit, waves
 from torch import nn
 
-from fastcontrast import cli, clip_loss
-from fastcontrast.recipes import _cloc_pages, cloc
-from fastcontrast.recipes._cloc_pages import choose_regions
-from fastcontrast.recipes.cloc import Prompter, cloc_loss, grounding_loss, region_text_loss, sinusoids
+from fastcontrast import clip_loss
+from fastcontrast.recipes._parts import cloc_pages
+from fastcontrast.recipes._parts.cloc_pages import choose_regions
+from fastcontrast.recipes._parts.cloc_prompter import sinusoids
+from fastcontrast.recipes.cloc import Prompter, cloc_loss, grounding_loss, region_text_loss
 
 SCALE = 1 / 0.07
 Z = waves(4, 6, 0)
@@ -320,18 +319,15 @@ def test_regions_are_drawn_among_those_that_can_be_used():
 def test_errors_of_boxes():
     boxes = torch.tensor([[0.0, 0, 0.5, 0.5], [0.5, 0.5, 1, 1]])
     found = torch.tensor([[0.0, 0, 0.5, 0.5], [0.0, 0, 0.5, 0.5]])
-    assert list(_cloc_pages.errors(boxes, found).values()) == pytest.approx([25, 50])
+    assert list(cloc_pages.errors(boxes, found).values()) == pytest.approx([25, 50])
     found[1] = torch.tensor([0.75, 0.5, 1, 1])
-    assert list(_cloc_pages.errors(boxes, found).values()) == pytest.approx([100 * 0.25 / 8, 75])
+    assert list(cloc_pages.errors(boxes, found).values()) == pytest.approx([100 * 0.25 / 8, 75])
     found[1] = torch.tensor([1, 1, 0.5, 0.5])  # inside out: no area
-    assert _cloc_pages.errors(boxes, found)["box IoU, %"] == pytest.approx(50)
+    assert cloc_pages.errors(boxes, found)["box IoU, %"] == pytest.approx(50)
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(cloc, "BATCH", 16)
-    assert cli.main(["train", "cloc", "--steps", "2", "--limit", "300", "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"cloc.json", "cloc.png", "cloc.safetensors"}
-    models = json.loads((tmp_path / "cloc.json").read_text())["models"]
+    models = train_a_little("cloc", tmp_path, monkeypatch, BATCH=16)["models"]
     recalls = {"region → name R@1, %", "name → region R@1, %", "page → caption R@1, %"}
     assert set(models["CLIP"]["metrics"]) == recalls
     assert set(models["CLOC"]["metrics"]) == recalls | {"box error, % of a side", "box IoU, %"}

@@ -1,18 +1,17 @@
 """CLOSE against its definition: the noise, adapters and what they are fitted to, golden values, edges, the command."""
 
-import json
 import math
 
 import pytest
 import torch
 from prefix import END, Causal, language_model
-from recipes import assert_ranks_equal_one, assert_resumes, close, unit, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, train_a_little, unit, waves
 from torch import nn
 
-from fastcontrast import cli
-from fastcontrast.recipes import _namer, _prefix
-from fastcontrast.recipes._close_fits import covariance, least_squares
-from fastcontrast.recipes._noise import philox, seeded_normal
+from fastcontrast.recipes._parts.close_adapters import covariance, least_squares
+from fastcontrast.recipes._shared import namer
+from fastcontrast.recipes._shared.noise import philox, seeded_normal
+from fastcontrast.recipes._shared.prefix import Prefix, prefix_loss
 from fastcontrast.recipes.close import Covariance, Linear, Noise, Shift, mean_of_groups
 
 TEXT, EPS = unit(waves(3, 6, 0)), waves(3, 6, 1)
@@ -84,8 +83,8 @@ def test_noise_beyond_its_range_is_refused(wrong):
         seeded_normal(**{"rows": 1, "columns": 1, "seed": 0, "step": 0, **wrong})
 
 
-def golden_prefix() -> _prefix.Prefix:
-    prefix = _prefix.Prefix(6, 4, tokens=2).double()
+def golden_prefix() -> Prefix:
+    prefix = Prefix(6, 4, tokens=2).double()
     with torch.no_grad():
         prefix.linear.weight.copy_(waves(8, 6, 3) / math.sqrt(6))
         prefix.linear.bias.zero_()
@@ -181,7 +180,7 @@ def test_rows_of_zeros_and_of_half_precision():
         assert adapter.float()(zeros).isfinite().all() and adapter.eval()(zeros).isfinite().all()
     halves = TEXT.half()
     assert torch.equal(Noise()(halves), Noise()(halves.float()))
-    prefix = _prefix.Prefix(6, 4, tokens=2)
+    prefix = Prefix(6, 4, tokens=2)
     assert torch.equal(prefix(halves), prefix(halves.float()))
 
 
@@ -191,14 +190,14 @@ def test_what_does_not_fit_is_named():
     with pytest.raises(ValueError, match=r"close: eps must be \[3, 12\], got \[3, 6\]"):
         adapters()["covariance"](TEXT, EPS)
     with pytest.raises(ValueError, match=r"Prefix: x must be \[B, 6\] or \[B, S, 6\], got \[3, 5\]"):
-        _prefix.Prefix(6, 4)(TEXT[:, :5])
+        Prefix(6, 4)(TEXT[:, :5])
 
 
 def objective(text, prefix, captions):
     """The loss behind an adapter, in its second step; `prefix` takes the gradient, since text does not."""
     adapter = Noise(0.5)
     adapter(text)
-    return _prefix.prefix_loss(Causal(), golden_prefix()(adapter(text)) + prefix.unflatten(1, (2, 4)), captions, END)
+    return prefix_loss(Causal(), golden_prefix()(adapter(text)) + prefix.unflatten(1, (2, 4)), captions, END)
 
 
 @pytest.mark.parametrize(("sizes", "how"), [((3, 2), "gather"), ((0, 5), "ring")])
@@ -219,10 +218,8 @@ def test_resumes():
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(_namer, "language_model", language_model)
-    assert cli.main(["train", "close", "--steps", "2", "--limit", "300", "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"close.json", "close.png", "close.safetensors"}
-    results = json.loads((tmp_path / "close.json").read_text())
+    monkeypatch.setattr(namer, "language_model", language_model)
+    results = train_a_little("close", tmp_path, monkeypatch)
     assert set(results["models"]) == {"no noise", "CLOSE", "on images"}
     for found in results["models"].values():
         assert len(found["losses"]) == 2 and set(found["implementations"]) == {"similarity_lse"}

@@ -1,19 +1,17 @@
 """DeGLA against its definition: golden values, the dense formula, edges, ranks, the teacher, the command."""
 
-import json
 import math
 import random
 
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, unit, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, unit, waves
 from torch import nn
 from torch.nn import functional as F
 
-from fastcontrast import EMATeacher, cli, clip_loss
-from fastcontrast.recipes import _icons, degla
-from fastcontrast.recipes._degla_corruptions import corruptions_of
-from fastcontrast.recipes._report import Scale
+from fastcontrast import EMATeacher, clip_loss
+from fastcontrast.recipes._parts.degla_corruptions import corruptions_of
+from fastcontrast.recipes._shared.report import Scale
 from fastcontrast.recipes.degla import Features, base_loss, degla_loss, distance, local_loss, released_order
 
 S = 14.0
@@ -225,15 +223,7 @@ def test_corruptions():
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(degla, "BATCH", 32)
-    monkeypatch.setattr(degla, "NAMES", 60)
-    monkeypatch.setattr(_icons, "START_STEPS", 2)
-    monkeypatch.setattr(_icons, "START_BATCH", 64)
-    monkeypatch.setenv("FASTCONTRAST_CACHE", str(tmp_path / "cache"))  # a start like this is nobody else's
-    output = tmp_path / "output"
-    assert cli.main(["train", "degla", "--steps", "2", "--limit", "300", "--output", str(output)]) == 0
-    assert {p.name for p in output.iterdir()} == {f"degla.{kind}" for kind in ("json", "png", "safetensors")}
-    results = json.loads((output / "degla.json").read_text())
+    results = train_a_little("degla", tmp_path, monkeypatch, BATCH=32, NAMES=60)
     assert list(results["models"]) == ["CLIP, the start", "CLIP, trained on", "DeGLA"] and results["names"] == 60
     for found in results["models"].values():
         assert set(found["metrics"]) == {"name or corruption, %", "icon → name R@1, %", "name → icon R@1, %"}

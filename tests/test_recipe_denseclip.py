@@ -1,18 +1,14 @@
 """DenseCLIP against its definition: golden values, the dense formula, prompts, invariants, edges, ranks, command."""
 
-import json
-
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, waves
 from torch import nn
 from torch.nn import functional as F
 
-from fastcontrast import cli
-from fastcontrast.recipes import _denseclip_pages as pages
-from fastcontrast.recipes import _denseclip_start as start
-from fastcontrast.recipes import denseclip
-from fastcontrast.recipes._denseclip_model import (
+from fastcontrast.recipes._parts import denseclip_pages as pages
+from fastcontrast.recipes._parts import denseclip_start as start
+from fastcontrast.recipes._parts.denseclip_model import (
     AttentionPool,
     ContextDecoder,
     PostModelPrompt,
@@ -20,7 +16,7 @@ from fastcontrast.recipes._denseclip_model import (
     PromptedText,
     cut,
 )
-from fastcontrast.recipes.denseclip import box_targets, detection_loss, score_maps, segmentation_loss, slower
+from fastcontrast.recipes.denseclip import box_targets, detection_loss, score_maps, segmentation_loss
 
 Z = waves(12, 6, 0).view(2, 2, 3, 6).permute(0, 3, 1, 2)  # rows in order b, h, w
 TEXT, READ = waves(8, 6, 1).view(2, 4, 6), waves(8, 6, 2).view(2, 4, 6)
@@ -335,24 +331,6 @@ def test_resumes():
     assert_resumes(lambda: PostModelPrompt(6, width=8, layers=1, dropout=0.0), step)
 
 
-def test_slower_is_a_lower_rate():
-    def trained(rate, factor):
-        torch.manual_seed(0)
-        layer, after = nn.Linear(3, 2), lambda _: None
-        if factor:
-            after = slower(layer.parameters(), factor)
-        optimizer = torch.optim.AdamW(layer.parameters(), lr=rate, weight_decay=0.3)
-        for i in range(4):
-            optimizer.zero_grad()
-            layer(torch.ones(1, 3) * i).square().sum().backward()
-            optimizer.step()
-            after(i)
-        return torch.cat([p.detach().flatten() for p in layer.parameters()])
-
-    torch.testing.assert_close(trained(0.1, 0.1), trained(0.01, None))
-    assert not torch.allclose(trained(0.1, None), trained(0.01, None))
-
-
 # ---------------------------------------------------------------------------------------------------------- the command
 
 
@@ -372,12 +350,9 @@ def test_iou_is_the_mean_over_classes_that_occur():
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(denseclip, "BATCH", 4)
     monkeypatch.setattr(start, "BATCH", 16)
     monkeypatch.setattr(pages, "TEST_PAGES", 8)
-    assert cli.main(["train", "denseclip", "--steps", "2", "--limit", "300", "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {f"denseclip.{x}" for x in ("json", "png", "safetensors")}
-    results = json.loads((tmp_path / "denseclip.json").read_text())
+    results = train_a_little("denseclip", tmp_path, monkeypatch, BATCH=4)
     assert set(results["models"]) == {"CLIP, fine-tuned", "DenseCLIP"} and len(results["classes"]) > 15
     for label, found in results["models"].items():
         assert len(found["losses"]) == 2 and found["implementations"] == {"upsampled_cross_entropy": "torch"}

@@ -1,18 +1,19 @@
 """DreamLIP against its definition: golden values, the dense formula, invariants, edges, ranks, draws, the command."""
 
-import json
 import math
 import random
 from functools import partial
 
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, unit, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, unit, waves
 from torch.nn import functional as F
 
-from fastcontrast import cli, clip_loss
+from fastcontrast import clip_loss
 from fastcontrast.data import Pairs
-from fastcontrast.recipes import _dreamlip_run, _icons, _pages
+from fastcontrast.recipes._parts import dreamlip_run
+from fastcontrast.recipes._shared.icons import Icons
+from fastcontrast.recipes._shared.pages import compose
 from fastcontrast.recipes.dreamlip import (
     circle_loss,
     draw_sentences,
@@ -281,7 +282,7 @@ def test_draws_of_sentences():
 
 
 def test_two_scales_are_learned_clamped_and_kept():
-    def step(model: _dreamlip_run.PageModel, i: int):
+    def step(model: dreamlip_run.PageModel, i: int):
         scales = model.scale(), model.local_scale()
         loss = dreamlip_loss(*(x.float() for x in (IMAGE, TEXTS, PATCHES)), *scales)
         for scale, g in zip((model.scale, model.local_scale), torch.autograd.grad(loss, scales), strict=True):
@@ -290,8 +291,8 @@ def test_two_scales_are_learned_clamped_and_kept():
         model.clamp()
         return scales[0].detach(), scales[1].detach()
 
-    assert_resumes(_dreamlip_run.PageModel, step)
-    model = _dreamlip_run.PageModel()
+    assert_resumes(dreamlip_run.PageModel, step)
+    model = dreamlip_run.PageModel()
     close(torch.stack([model.scale(), model.local_scale()]), SCALE, SCALE, atol=1e-5)
     for value, kept in ((9.0, 100.0), (-3.0, 1.0)):
         model.scale.log.data.fill_(value)
@@ -302,7 +303,7 @@ def test_two_scales_are_learned_clamped_and_kept():
 def test_pages_of_the_test_hold_unseen_names_once():
     names, ids = [str(i) for i in range(40)], torch.arange(120) % 40
     pairs = Pairs("icons", torch.zeros(120, 32, 32), names, ids, torch.arange(40) < 19)
-    found = _dreamlip_run.held_out(_icons.Icons(pairs, torch.zeros(40, 384)), torch.Generator().manual_seed(0))
+    found = dreamlip_run.held_out(Icons(pairs, torch.zeros(40, 384)), torch.Generator().manual_seed(0))
     shown = ids[found[found >= 0]]
     assert found.shape == (3, 8) and len(shown.unique()) == len(shown) > 8 and shown.max() < 19
 
@@ -311,10 +312,10 @@ def test_pointing_and_retrieval_of_a_model_that_knows():
     """Features are one-hot: of an icon's name in its cell, of all of a page's names for the page."""
     names, pairs = [str(i) for i in range(20)], torch.arange(20)
     glyphs = torch.arange(1, 21, dtype=torch.uint8)[:, None, None].expand(20, 32, 32)  # an icon's colour is its name
-    icons = _icons.Icons(Pairs("icons", glyphs, names, pairs, torch.arange(20) < 12), torch.eye(20))
-    data = _dreamlip_run.Data.__new__(_dreamlip_run.Data)
+    icons = Icons(Pairs("icons", glyphs, names, pairs, torch.arange(20) < 12), torch.eye(20))
+    data = dreamlip_run.Data.__new__(dreamlip_run.Data)
     data.icons, generator = icons, torch.Generator().manual_seed(0)
-    data.tests = [_pages.compose(glyphs, _dreamlip_run.held_out(icons, generator), generator) for _ in range(3)]
+    data.tests = [compose(glyphs, dreamlip_run.held_out(icons, generator), generator) for _ in range(3)]
 
     class Knows:
         def __init__(self, shift: int):
@@ -332,11 +333,9 @@ def test_pointing_and_retrieval_of_a_model_that_knows():
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(_dreamlip_run, "BATCH", 16)
-    monkeypatch.setattr(_dreamlip_run, "PAGES", 40)
-    assert cli.main(["train", "dreamlip", "--steps", "2", "--limit", "300", "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"dreamlip.json", "dreamlip.png", "dreamlip.safetensors"}
-    results = json.loads((tmp_path / "dreamlip.json").read_text())
+    monkeypatch.setattr(dreamlip_run, "BATCH", 16)
+    monkeypatch.setattr(dreamlip_run, "PAGES", 40)
+    results = train_a_little("dreamlip", tmp_path, monkeypatch)
     assert set(results["models"]) == {"CLIP", "L_MP alone", "DreamLIP"}
     for found in results["models"].values():
         assert len(found["losses"]) == 2 and set(found["implementations"]) == {"similarity_lse"}

@@ -1,14 +1,11 @@
 """LaCLIP against its definition: golden values, the dense formula, missing versions, draws, ranks, the command."""
 
-import json
-
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, unit, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, unit, waves
 
-from fastcontrast import cli, clip_loss
+from fastcontrast import clip_loss
 from fastcontrast.ops import trace
-from fastcontrast.recipes import laclip
 from fastcontrast.recipes.laclip import Draw, enough_words, laclip_mt_loss
 
 SCALE = 1 / 0.07
@@ -162,10 +159,7 @@ def test_ranks_equal_one(sizes, how):
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(laclip, "BATCH", 64)
-    assert cli.main(["train", "laclip", "--steps", "2", "--limit", "300", "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"laclip.json", "laclip.png", "laclip.safetensors"}
-    results = json.loads((tmp_path / "laclip.json").read_text())
+    results = train_a_little("laclip", tmp_path, monkeypatch, BATCH=64)
     assert set(results["models"]) == {"CLIP", "LaCLIP", "LaCLIP-MT"}
     for found in results["models"].values():
         assert len(found["losses"]) == 2 and set(found["implementations"]) == {"similarity_lse"}

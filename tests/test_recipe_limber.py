@@ -1,17 +1,15 @@
 """LiMBeR against its definition: labels, the loss of a prefix token by token, what is frozen, ranks, the command."""
 
-import json
-
 import pytest
 import torch
 from decoding import make
 from prefix import END, Causal, Words, language_model
-from recipes import assert_ranks_equal_one, close, gradients, waves
+from recipes import assert_ranks_equal_one, close, gradients, train_a_little, waves
 
-from fastcontrast import cli
-from fastcontrast.recipes import _namer, limber
-from fastcontrast.recipes._namer import say, tokens_of, word_f1
-from fastcontrast.recipes._prefix import Prefix, caption_labels, prefix_loss
+from fastcontrast.recipes import limber
+from fastcontrast.recipes._shared import namer
+from fastcontrast.recipes._shared.namer import say, tokens_of, word_f1
+from fastcontrast.recipes._shared.prefix import Prefix, caption_labels, prefix_loss
 from fastcontrast.towers import GlyphTower
 
 CAPTIONS = torch.tensor([[5, 7, END, END], [3, 4, 5, 6], [END] * 4, [9, END, END, END], [8, 8, END, 7]])
@@ -153,10 +151,8 @@ def test_texts_become_tokens_and_words_are_counted():
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(_namer, "language_model", language_model)
-    assert cli.main(["train", "limber", "--steps", "2", "--limit", "300", "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"limber.json", "limber.png", "limber.safetensors"}
-    results = json.loads((tmp_path / "limber.json").read_text())
+    monkeypatch.setattr(namer, "language_model", language_model)
+    results = train_a_little("limber", tmp_path, monkeypatch)
     assert list(results["models"])[-1] == "LiMBeR" and "blind" in results["models"]
     for found in results["models"].values():
         assert len(found["losses"]) == 2 and set(found["implementations"]) == {"similarity_lse"}

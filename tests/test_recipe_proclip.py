@@ -1,18 +1,18 @@
 """ProCLIP against its definition: golden values, the dense formula, invariants, near and equal rows, ranks, a run."""
 
-import json
 import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, unit, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, unit, waves
 from torch import nn
 
-from fastcontrast import EMATeacher, cli, clip_loss
+from fastcontrast import EMATeacher, clip_loss
 from fastcontrast.distributed import exchange
-from fastcontrast.recipes import _proclip_start, proclip
+from fastcontrast.recipes import proclip
+from fastcontrast.recipes._parts import proclip_start
 from fastcontrast.recipes.proclip import Adapter, imitation_loss, instance_loss, proclip_loss, structure_loss
 from fastcontrast.testing import ranks
 
@@ -255,13 +255,8 @@ def test_the_first_stage_learns_what_the_old_encoder_says(monkeypatch, one_threa
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(proclip, "BATCH", 32)
-    monkeypatch.setattr(proclip, "TEXT_STEPS", 3)
-    monkeypatch.setattr(proclip, "START_STEPS", 4)
-    monkeypatch.setattr(_proclip_start, "BATCH", 32)
-    assert cli.main(["train", "proclip", "--steps", "2", "--limit", "300", "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"proclip.json", "proclip.png", "proclip.safetensors"}
-    models = json.loads((tmp_path / "proclip.json").read_text())["models"]
+    monkeypatch.setattr(proclip_start, "BATCH", 32)
+    models = train_a_little("proclip", tmp_path, monkeypatch, BATCH=32, TEXT_STEPS=3, START_STEPS=4)["models"]
     assert list(models) == ["CLIP, bag of words", "2nd stage alone", "ProCLIP"]
     both = {"icon → name R@1, %", "name → icon R@1, %"}
     for label, found in models.items():

@@ -1,19 +1,17 @@
 """ProtoCLIP against its definition: golden values, the dense formula, invariants, edges, ranks, resume, the command."""
 
-import json
 import math
 
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, unit, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, unit, waves
 from torch.nn import functional as F
 
-from fastcontrast import cli, clip_loss
+from fastcontrast import clip_loss
 from fastcontrast.distributed._sums import own_parameter, share
 from fastcontrast.kmeans import Clusters, kmeans, segment_mean
-from fastcontrast.recipes import protoclip
-from fastcontrast.recipes._protoclip_episode import Episode, soft_targets
-from fastcontrast.recipes._protoclip_features import linear_probe, principal
+from fastcontrast.recipes._parts.protoclip_episode import Episode, soft_targets
+from fastcontrast.recipes._parts.protoclip_features import linear_probe, principal
 from fastcontrast.recipes.protoclip import ProtoClip, proto_loss, stage
 from fastcontrast.testing import ranks
 
@@ -339,14 +337,8 @@ def test_probe_and_principal_components(one_thread):
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(protoclip, "EPISODE", 64)
-    monkeypatch.setattr(protoclip, "BATCH", 32)
-    command = ["train", "protoclip", "--steps", "6", "--limit", "300", "--output", str(tmp_path)]
-    assert cli.main(command) == 0  # three episodes of two steps: CLIP's loss, all, the image tower locked
-    assert {path.name for path in tmp_path.iterdir()} == {
-        f"protoclip.{kind}" for kind in ("json", "png", "safetensors")
-    }
-    results = json.loads((tmp_path / "protoclip.json").read_text())
+    # three episodes of two steps: CLIP's loss, all, the image tower locked
+    results = train_a_little("protoclip", tmp_path, monkeypatch, steps=6, EPISODE=64, BATCH=32)
     assert list(results["models"]) == ["CLIP", "ProtoCLIP", "ProtoCLIP, MiniLM"] and results["clusters"] == 8
     clip, proto, both = (results["models"][label]["losses"] for label in results["models"])
     assert clip[:2] == proto[:2] == both[:2] and clip[2] < proto[2] < both[2]  # one start, the same samples

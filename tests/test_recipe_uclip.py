@@ -1,15 +1,13 @@
 """uCLIP against its definition: golden values, the dense formulas, parts of a bank, edges, ranks, texts, a run."""
 
-import json
-
 import pytest
 import torch
-from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, unit, waves
+from recipes import assert_ranks_equal_one, assert_resumes, close, gradients, train_a_little, unit, waves
 from torch import nn
 
-from fastcontrast import cli
-from fastcontrast.recipes import _icons, _uclip_data, uclip
-from fastcontrast.recipes._django import phrases
+from fastcontrast.recipes._parts import uclip_data, uclip_retrieval
+from fastcontrast.recipes._shared import icons
+from fastcontrast.recipes._shared.django import phrases
 from fastcontrast.recipes.uclip import Heads, look_up, merge, noisy, retrieve, uclip_loss
 
 E, C = unit(waves(4, 6, 0)), unit(waves(4, 6, 1))
@@ -80,7 +78,7 @@ def test_parts_of_a_bank_merge_to_the_whole():
 @pytest.mark.parametrize("chunk", [16, 50, 1 << 14])
 def test_a_bank_in_half_precision(chunk, monkeypatch):
     """All is exact but the stored rows; against a bank in float32, whose logits differ by 100 · 2⁻¹¹ at most."""
-    monkeypatch.setattr(uclip, "CHUNK", chunk)
+    monkeypatch.setattr(uclip_retrieval, "CHUNK", chunk)
     queries, bank = rows(9, 12, 1, torch.float32), rows(101, 12, 2, torch.float32)
     for dtype, tolerance in ((torch.float16, 1e-2), (torch.bfloat16, 1e-1)):
         found = retrieve(queries, bank.to(dtype))
@@ -224,17 +222,17 @@ def test_texts_of_django():
 
 
 def test_pieces_of_words():
-    codes = _uclip_data.pieces(["Domů", "domů, domů", "", "x" * 400])
-    assert codes.shape == (4, 160) and codes.max() < _uclip_data.BUCKETS
+    codes = uclip_data.pieces(["Domů", "domů, domů", "", "x" * 400])
+    assert codes.shape == (4, 160) and codes.max() < uclip_data.BUCKETS
     assert (codes[0] > 0).sum() == 1 + 4 + 3 + 2  # <domů> whole, and its parts of 3, 4 and 5 letters
     assert set(codes[1].tolist()) == set(codes[0].tolist())
     assert not codes[2].any() and codes[3].all()
 
 
 def test_scores_are_means_over_languages():
-    icons = _icons.Icons(_icons.Pairs("icons", torch.zeros(4, 1), ["a", "b"], torch.tensor([0, 0, 1, 1]), None), None)
+    known = icons.Icons(icons.Pairs("icons", torch.zeros(4, 1), ["a", "b"], torch.tensor([0, 0, 1, 1]), None), None)
     questions = [("cs", "x", 0), ("cs", "y", 1), ("ro", "z", 1)]
-    world = _uclip_data.World(icons, 0, *[None] * 5, questions, None, None)
+    world = uclip_data.World(known, 0, *[None] * 5, questions, None, None)
     gallery = torch.eye(4)
     queries = torch.tensor([[0.0, 1, 0, 0], [1, 0, 0.5, 0.2], [1, 0, 0, 0]])  # first, second, and first of three equal
     found = world.scores(queries, gallery)
@@ -243,26 +241,18 @@ def test_scores_are_means_over_languages():
 
 
 def test_batches_draw_names_and_other_texts():
-    world = _uclip_data.World(None, 6, torch.zeros(10, 1), *[None] * 7)
+    world = uclip_data.World(None, 6, torch.zeros(10, 1), *[None] * 7)
     rows = world.batch(3000, torch.Generator().manual_seed(0))
     assert set(rows.tolist()) == set(range(10))
     close((rows >= 6).double().mean(), 1 / 3, atol=0.03)
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):
-    monkeypatch.setattr(uclip, "BATCH", 32)
-    monkeypatch.setattr(uclip, "ENCODER_STEPS", 2)
-    monkeypatch.setattr(_uclip_data, "BATCH", 32)
-    monkeypatch.setattr(_icons, "START_STEPS", 1)
-    monkeypatch.setattr(_icons, "START_BATCH", 32)
-    monkeypatch.setattr(_icons, "cache_folder", lambda: tmp_path / "cache")
-    folder = tmp_path / "output"
-    assert cli.main(["train", "uclip", "--steps", "2", "--limit", "300", "--output", str(folder)]) == 0
-    assert {path.name for path in folder.iterdir()} == {"uclip.json", "uclip.png", "uclip.safetensors"}
-    results = json.loads((folder / "uclip.json").read_text())
+    monkeypatch.setattr(uclip_data, "BATCH", 32)
+    results = train_a_little("uclip", tmp_path, monkeypatch, BATCH=32, ENCODER_STEPS=2)
     models = results["models"]
     assert list(models) == ["CLIP, asked in English", "first term alone", "uCLIP"]
-    assert set(results["questions"]) == set(_uclip_data.LANGUAGES)
+    assert set(results["questions"]) == set(uclip_data.LANGUAGES)
     for label, found in models.items():
         assert list(found["metrics"]) == ["foreign → icon R@10, %", "foreign → icon R@1, %"]
         assert len(found["losses"]) == (0 if "English" in label else 2)

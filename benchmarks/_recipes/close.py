@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastcontrast.recipes._prefix import prefix_loss
+from fastcontrast.recipes._shared.prefix import prefix_loss
 
 from .._harness import OURS, Bar, Workload
 from . import against_dense

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastcontrast.kmeans import nearest
-from fastcontrast.recipes._protoclip_episode import soft_targets
+from fastcontrast.recipes._parts.protoclip_episode import soft_targets
 from fastcontrast.recipes.protoclip import proto_loss
 
 from .._harness import Bar, Workload

@@ -27,8 +27,11 @@ from fastcontrast import clip_loss
 from fastcontrast.distributed._sums import share
 from fastcontrast.ops import _check as check
 
-from . import _icons
-from ._report import Report, Scale, train
+from ._parts.alip_texts import shuffled_texts, synthetic_captions
+from ._shared.icons import load_icons
+from ._shared.report import Report, Scale, train
+
+__all__ = ["Gates", "alip_loss", "run"]
 
 STEPS, BATCH, RATE = 100, 1024, 2e-3
 SHUFFLED = 0.5  # share of the training names whose raw text is another's
@@ -101,8 +104,8 @@ def run(
     """
     steps = STEPS if steps is None else steps
     report = Report("alip", output, steps=steps, seed=seed, limit=limit, batch=BATCH, shuffled=SHUFFLED)
-    icons = _icons.load(limit)
-    raw, wrong = shuffled_texts(icons, seed)
+    icons = load_icons(limit)
+    raw, wrong = shuffled_texts(icons, SHUFFLED, seed)
     captions = synthetic_captions(icons, seed)
     for label in ("CLIP", "CLIP, two texts", "ALIP"):
         model, scale, gates = icons.towers(seed), Scale(), Gates(MOMENTUM)
@@ -122,29 +125,3 @@ def run(
             found.losses = train(label, steps, learned, step, rate=RATE, decay=0.1, clip=1.0, after=scale.clamp)
             found.metrics = icons.recall(model)
     return report.close(model, wrong_texts=wrong)
-
-
-def shuffled_texts(icons: _icons.Icons, seed: int) -> tuple[Tensor, int]:
-    """MiniLM's features of the names [K, 384], of which `SHUFFLED` of the seen ones changed places; and how many."""
-    generator = torch.Generator().manual_seed(seed)
-    seen = (~icons.pairs.unseen).nonzero()[:, 0]
-    chosen = seen[torch.randperm(len(seen), generator=generator)[: round(SHUFFLED * len(seen))]]
-    raw = icons.texts.clone()
-    raw[chosen] = icons.texts[chosen.roll(1)]
-    return raw, len(chosen)
-
-
-def synthetic_captions(icons: _icons.Icons, seed: int) -> Tensor:
-    """MiniLM's features [K, 384] of what a captioner would say: a random half of a name's words, in order."""
-    import random
-
-    from fastcontrast.minilm import minilm_features
-
-    draw = random.Random(seed)
-
-    def half(name: str) -> str:
-        words = name.split()
-        kept = sorted(draw.sample(range(len(words)), (len(words) + 1) // 2))
-        return " ".join(words[i] for i in kept)
-
-    return minilm_features([half(name) for name in icons.names])

@@ -29,23 +29,22 @@ import os
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcontrast import clip_loss, info_nce
 from fastcontrast.distributed._sums import share
 from fastcontrast.ops import _check as check
 from fastcontrast.ops._precision import float32
-from fastcontrast.towers import TextHead
 
-from . import _cloc_pages, _icons
-from ._cloc_pages import LABELLED
-from ._cloc_prompter import Prompter, sinusoids, spots
-from ._pages import GRID, PageTower
-from ._report import Report, Scale, train
+from ._parts import cloc_pages
+from ._parts.cloc_model import Asked, found_boxes, measure
+from ._parts.cloc_prompter import Prompter, spots
+from ._shared.icons import load_icons
+from ._shared.report import Report, Scale, train
+
+__all__ = ["Prompter", "cloc_loss", "grounding_loss", "region_text_loss", "run"]
 
 STEPS, BATCH, RATE = 500, 64, 4e-3
-WIDTHS, DIM = (16, 32, 64), 256
 POOL = "prompt"  # a step of "all" takes four times as long here
 
 
@@ -99,27 +98,6 @@ def cloc_loss(
     return whole + weight * having * local
 
 
-class Asked(nn.Module):
-    """What is trained: towers of pages and of texts, prompter, and the head that finds boxes."""
-
-    def __init__(self, pool: str = "all"):
-        super().__init__()
-        self.pages, self.texts = PageTower(DIM, WIDTHS), TextHead(dim=DIM)
-        self.prompter = Prompter(self.pages.width, DIM, pool)
-        self.head = nn.Sequential(nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, 4))
-        at = (torch.arange(GRID) + 0.5) / GRID
-        # a transformer's tokens know where they are, those of a CNN are told
-        centres = torch.stack([at.repeat(GRID), at.repeat_interleave(GRID)], -1)
-        self.register_buffer("places", sinusoids(centres, self.pages.width))
-
-    def regions(self, boxes: Tensor, tokens: Tensor, there: Tensor) -> Tensor:
-        return F.normalize(self.prompter.boxes(boxes, tokens + self.places, there), dim=-1)
-
-    def find(self, texts: Tensor, tokens: Tensor, there: Tensor) -> Tensor:
-        """Boxes [R, 4] of texts' embeddings [R, E]."""
-        return self.head(self.prompter.texts(texts, tokens + self.places, there))
-
-
 def run(
     steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
@@ -132,8 +110,10 @@ def run(
     moves. Boxes here are cells, whose mean has nothing to learn, while the prompter has to learn what a box is.
     """
     steps = STEPS if steps is None else steps
-    report = Report("cloc", output, steps=steps, seed=seed, limit=limit, batch=BATCH, pool=POOL, labelled=LABELLED)
-    data = _cloc_pages.Data(_icons.load(limit), seed)
+    report = Report(
+        "cloc", output, steps=steps, seed=seed, limit=limit, batch=BATCH, pool=POOL, labelled=cloc_pages.LABELLED
+    )
+    data = cloc_pages.Data(load_icons(limit), seed)
     for label in ("CLIP", "CLOC"):
         torch.manual_seed(seed)
         model, scale, batches = Asked(POOL), Scale(), data.batches(BATCH, seed)
@@ -153,24 +133,4 @@ def run(
             learned = [*model.parameters(), *scale.parameters()]
             found.losses = train(label, steps, learned, step, rate=RATE, decay=0.1, clip=1.0, after=scale.clamp)
             found.metrics = measure(model, data, asked=label == "CLOC")
-    return report.close(model, lambda figure: _cloc_pages.draw(figure, data, found_boxes(model, data.test)))
-
-
-@torch.no_grad()
-def measure(model: Asked, data: _cloc_pages.Data, asked: bool) -> dict[str, float]:
-    """On the test pages; not `asked`: regions are means of tokens, and no box is found."""
-    test = data.test
-    tokens = model.pages(test.images)
-    if asked:
-        regions = model.regions(test.boxes, tokens, test.there)
-    else:
-        regions = _cloc_pages.means_in_boxes(tokens, test)
-        regions = F.normalize(model.pages.projection(regions), dim=-1)
-    metrics = _cloc_pages.recalls(data, regions, model.pages.pool(tokens), model.texts)
-    return metrics | (_cloc_pages.errors(test.boxes, found_boxes(model, test)) if asked else {})
-
-
-@torch.no_grad()
-def found_boxes(model: Asked, pages: _cloc_pages.Batch) -> Tensor:
-    """Boxes [R, 4] of the names on pages."""
-    return model.find(model.texts(pages.texts), model.pages(pages.images), pages.there)
+    return report.close(model, lambda figure: cloc_pages.draw(figure, data, found_boxes(model, data.test)))

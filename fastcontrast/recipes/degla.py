@@ -23,34 +23,26 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastcontrast import EMATeacher, clip_loss, info_nce
 from fastcontrast.demo import training
-from fastcontrast.distributed import gather
-from fastcontrast.distributed._exchange import active
-from fastcontrast.distributed._sums import numbers, share, whole_sum
-from fastcontrast.ops import _check as check
+from fastcontrast.distributed._sums import share, whole_sum
 from fastcontrast.ops._precision import float32
 
-from . import _icons
-from ._degla_corruptions import corrupted, told_apart
-from ._report import Report, Scale, train
+from ._parts.degla_corruptions import corrupted, told_apart
+from ._parts.degla_features import Features, checked, released_order
+from ._shared.icons import load_icons
+from ._shared.report import Report, Scale, train
+
+__all__ = ["Features", "base_loss", "degla_loss", "distance", "local_loss", "run"]
 
 STEPS, BATCH, RATE = 150, 256, 3e-4
 NAMES = 3000  # of several words and with corruptions, all unseen ones of that kind among them
 MOMENTUM = 0.98  # the paper's 0.9996 has a half-life of 1,733 steps
-
-
-class Features(NamedTuple):
-    """Of images, of their texts, and of corruptions of these, all of length 1."""
-
-    image: Tensor  # [B, D]
-    text: Tensor  # [B, D]
-    corruptions: Tensor  # [B, K, D]
 
 
 def degla_loss(
@@ -76,7 +68,7 @@ def degla_loss(
 
     Raises: ValueError or TypeError naming what does not fit.
     """
-    student, teacher = _checked(student, teacher, mask, base, tgc)
+    student, teacher = checked(student, teacher, mask, base, tgc)
     image, text, corruptions = student
     loss = base_loss(image, text, corruptions, scale, mask, base=base)
     if of_igc:
@@ -89,31 +81,6 @@ def degla_loss(
     if of_distance:
         loss = loss + of_distance * distance(student, teacher)
     return loss
-
-
-def _checked(student: Features, teacher: Features, mask: Tensor | None, base: str, tgc: str):
-    """Both, without gradient to the teacher, and zeros where a corruption is missing."""
-    op = "degla_loss"
-    check.one_of(op, "base", base, ("all", "own"))
-    check.one_of(op, "tgc", tgc, ("own", "released"))
-    check.matrix(op, "image", student.image)
-    check.matrix(op, "text", student.text, student.image.shape[1], like="image")
-    check.tensor(op, "corruptions", student.corruptions, 3, "[B, K, D]")
-    b, d = student.image.shape
-    k = student.corruptions.shape[1]
-    for who, tensors in (("", student), ("teacher's ", teacher)):
-        for name, x, shape in zip(Features._fields, tensors, ((b, d), (b, d), (b, k, d)), strict=True):
-            if x.shape != shape:
-                raise ValueError(f"{op}: {who}{name} must be {list(shape)}, got {list(x.shape)}")
-    teacher = Features(*(x.detach() for x in teacher))
-    if mask is None:
-        return student, teacher
-    if mask.dtype != torch.bool or mask.shape != (b, k):
-        raise ValueError(f"{op}: mask must be bool {[b, k]}, got {mask.dtype} {list(mask.shape)}")
-    student, teacher = (
-        x._replace(corruptions=x.corruptions.masked_fill(~mask[..., None], 0.0)) for x in (student, teacher)
-    )
-    return student, teacher
 
 
 def base_loss(image: Tensor, text: Tensor, corruptions: Tensor, scale, mask: Tensor | None, *, base: str) -> Tensor:
@@ -146,14 +113,6 @@ def local_loss(
     return share(losses.sum(), len(losses))
 
 
-def released_order(x: Tensor) -> Tensor:  # [B, K, ...]
-    """Of the list x_11, x_12, … of all samples, for sample i those at i, B + i, 2B + i, …; [B, K, ...]."""
-    how = active()
-    every = x if how is None else gather(x, how.group)
-    places = torch.arange(x.shape[1], device=x.device) * len(every)
-    return every.flatten(0, 1)[numbers(len(x), x.device)[:, None] + places]
-
-
 def distance(student: Features, teacher: Features) -> Tensor:
     """L_D: the sum of all squared differences."""
     return whole_sum(sum((float32(x) - float32(y)).square().sum() for x, y in zip(student, teacher, strict=True)))
@@ -167,7 +126,7 @@ def run(
     """
     steps = STEPS if steps is None else steps
     report = Report("degla", output, steps=steps, seed=seed, limit=limit, batch=BATCH, momentum=MOMENTUM)
-    icons = _icons.load(limit)
+    icons = load_icons(limit)
     start = icons.clip(seed)
     wrong, there = corrupted(icons, NAMES, seed)
     known = there.any(1)

@@ -21,42 +21,37 @@ Source: Rao et al. 2021, "DenseCLIP: Language-Guided Dense Prediction with Conte
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcontrast.distributed._sums import share
 from fastcontrast.ops import _check as check
 from fastcontrast.ops import upsampled_binary_cross_entropy, upsampled_cross_entropy
-from fastcontrast.ops._precision import float32, without_autocast
 
-from ._denseclip_model import PostModelPrompt
-from ._denseclip_pages import IGNORED, Classes, draw, mean_iou
-from ._denseclip_start import DIM, Clip, pretrained
-from ._report import Report, train
+from ._parts.denseclip_boxes import box_targets
+from ._parts.denseclip_model import AttentionPool, PostModelPrompt, PreModelPrompt, score_maps
+from ._parts.denseclip_pages import IGNORED, Classes, draw, mean_iou
+from ._parts.denseclip_start import Segmenter, pretrained
+from ._shared.report import Report, train
+
+__all__ = [
+    "AttentionPool",
+    "PostModelPrompt",
+    "PreModelPrompt",
+    "box_targets",
+    "detection_loss",
+    "run",
+    "score_maps",
+    "segmentation_loss",
+]
 
 TAU, AUXILIARY = 0.07, 0.4
 START_STEPS = 100  # of the CLIP that both models are at first
 STEPS, BATCH, RATE = 300, 24, 1e-3
 BACKBONE = 0.1  # its rate, of the others'
-
-
-@without_autocast
-def score_maps(z: Tensor, text: Tensor) -> Tensor:  # [B, C, H, W], [K, C] or [B, K, C]
-    """Cosines of every pixel and class, float32 [B, K, H, W] (float64 for float64); 0 at a pixel without features.
-
-    Raises ValueError naming what does not fit.
-    """
-    check.tensor("score_maps", "z", z, 4, "[B, C, H, W]")
-    if text.shape[-1] != z.shape[1] or text.ndim not in (2, 3) or (text.ndim == 3 and len(text) != len(z)):
-        expected = f"[K, {z.shape[1]}] or [{len(z)}, K, {z.shape[1]}]"
-        raise ValueError(f"score_maps: text must be {expected} to match z, got {list(text.shape)}")
-    pixels = F.normalize(float32(z).flatten(2), dim=1, eps=1e-12)
-    return (F.normalize(float32(text), dim=-1, eps=1e-12) @ pixels).unflatten(-1, z.shape[2:])
 
 
 def segmentation_loss(
@@ -99,65 +94,6 @@ def detection_loss(
     return share(total, mask.sum() * (scores.shape[1] if reduction == "entries" else 1))
 
 
-def box_targets(
-    boxes: Sequence[Tensor],  # B of [n, 4]
-    classes: Sequence[Tensor],  # B of [n]
-    number: int,
-    size: tuple[int, int],
-    stride: int = 4,
-) -> tuple[Tensor, Tensor]:
-    """Targets bool [B, number, H, W] and mask bool [B, H, W] of boxes x0, y0, x1, y1 in pixels, (H, W) = `size`.
-
-    A box covers [⌊y0/4⌋, ⌊y1/4⌋) × [⌊x0/4⌋, ⌊x1/4⌋), which may be empty; boxes of several classes may overlap. With
-    instance masks as targets (Mask R-CNN), the mask stays that of the boxes. Raises ValueError naming what is wrong.
-    """
-    targets = torch.zeros(len(boxes), number, *size, dtype=torch.bool, device=boxes[0].device if boxes else None)
-    for image, corners, kinds in zip(targets, boxes, classes, strict=True):
-        check.matrix("box_targets", "boxes", corners, 4, like="x0, y0, x1, y1")
-        check.vector("box_targets", "classes", kinds, len(corners), corners, floating=False)
-        check.within("box_targets", "classes", kinds, 0, number)
-        cells = torch.div(corners, stride, rounding_mode="floor").long().clamp(min=0)
-        for (x0, y0, x1, y1), kind in zip(cells.tolist(), kinds.tolist(), strict=True):
-            image[kind, y0:y1, x0:x1] = True
-    return targets, targets.any(1)
-
-
-class Segmenter(nn.Module):
-    """CLIP and a decoder of two convolutions; with `text` [K, DIM] DenseCLIP, without it CLIP that is fine-tuned."""
-
-    def __init__(self, clip: Clip, classes: int, text: Tensor | None = None):
-        super().__init__()
-        self.clip = clip
-        self.prompt = None if text is None else PostModelPrompt(DIM, width=128, layers=2)
-        self.register_buffer("text", text)
-        read = clip.tower.width + (0 if text is None else classes)
-        self.head = nn.Sequential(nn.Conv2d(read, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, classes, 1))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:  # [B, H, W]
-        """Logits and score maps, [B, K, H/8, W/8] each."""
-        x, visual = self.clip(images)
-        if self.prompt is None:
-            return self.head(x), None
-        z = visual[:, 1:].mT.unflatten(-1, x.shape[2:])
-        scores = score_maps(z, self.prompt(self.text, visual))
-        return self.head(torch.cat([x, scores], 1)), scores
-
-
-def slower(parameters: Iterable[Tensor], factor: float) -> Callable[[int], None]:
-    """Of parameters that AdamW moves, whose steps are linear in the rate: called after each, a rate `factor` times as
-    high."""
-    moved = [p for p in parameters if p.requires_grad]
-    before = [p.detach().clone() for p in moved]
-
-    @torch.no_grad()
-    def after(_: int) -> None:
-        for p, old in zip(moved, before, strict=True):
-            old.lerp_(p, factor)
-            p.copy_(old)
-
-    return after
-
-
 def run(
     steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
@@ -189,9 +125,10 @@ def run(
             return segmentation_loss(logits, scores, labels)
 
         model.clip.text.requires_grad_(False)
-        after = slower(model.clip.parameters(), BACKBONE)
+        others = [p for name, p in model.named_parameters() if not name.startswith("clip.")]
+        learned = {"params": others}, {"params": [*model.clip.parameters()], "lr": BACKBONE * RATE}
         with report.model(label) as found:
-            found.losses = train(label, steps, model, step, rate=RATE, decay=1e-4, clip=1.0, after=after)
+            found.losses = train(label, steps, learned, step, rate=RATE, decay=1e-4, clip=1.0)
             found.metrics = mean_iou(model, classes)
     names = icons.names[: classes.count]
     return report.close(model, lambda place: draw(place, classes, models), classes=names)

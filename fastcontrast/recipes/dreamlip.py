@@ -24,26 +24,21 @@ Source: Zheng et al. 2024, "DreamLIP: Language-Image Pre-training with Long Capt
 from __future__ import annotations
 
 import os
-import random
-import re
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastcontrast import clip_loss
-from fastcontrast.distributed._sums import numbers, over_keys, share
+from fastcontrast.distributed._sums import numbers, share
 from fastcontrast.ops import _check as check
-from fastcontrast.ops import pairwise_reduce
 from fastcontrast.ops._precision import float32, without_autocast
 
-from ._dreamlip_pool import pool_patches
+from ._parts.dreamlip_circle import circle_loss
+from ._parts.dreamlip_pool import pool_patches
+from ._parts.dreamlip_sentences import draw_sentences, sentences
 
-MARGIN, GAMMA = 0.25, 32.0  # of the circle loss
-
-# ---------------------------------------------------------------------------------------------------------- objective
+__all__ = ["circle_loss", "draw_sentences", "dreamlip_loss", "instance_loss", "pool_patches", "run", "sentences"]
 
 
 @without_autocast
@@ -60,33 +55,6 @@ def instance_loss(
         logits = logits.masked_fill((same[:, :, None] == same[:, None]) & others, float("-inf"))
     rows = logits.logsumexp(-1) - logits.diagonal(dim1=1, dim2=2)
     return share(rows.sum(), rows.numel())
-
-
-@without_autocast
-def circle_loss(image: Tensor, texts: Tensor) -> Tensor:  # [B, E], [B, K, E]
-    """L_circle, without a matrix of B × B·K."""
-    image, texts = float32(image), float32(texts)
-    positive = torch.einsum("be,bke->bk", image, texts)
-    pull = (-GAMMA * (1 + MARGIN - positive).relu().detach() * (positive - 1 + MARGIN)).logsumexp(1)
-    rows = numbers(len(image), image.device)
-    # Exponents of cosines lie in [−2, 30]: the sum needs no maximum first, so each tile is seen once.
-    push = over_keys(_other_terms, [image, rows], [texts, rows])
-    none = push == 0  # one image alone has no negatives, and its loss is 0
-    push = push.masked_fill(none, 1.0).log().masked_fill(none, float("-inf"))
-    return share(F.softplus(pull + push).sum(), len(image))
-
-
-def _other_terms(local: Sequence[Tensor], block: Sequence[Tensor], _: slice) -> Tensor:
-    """Σ over the block's sentences of other images of exp(γ a_n (s_n − m)), [rows]."""
-    (image, rows), (texts, columns) = local, block
-
-    def tile(image: Tensor, texts: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        cosines = image @ texts.flatten(0, 1).T
-        terms = (GAMMA * (cosines.detach() + MARGIN).relu_() * (cosines - MARGIN)).exp()
-        of_images = terms.unflatten(1, texts.shape[:2]).sum(2)
-        return of_images.masked_fill(rows[i, None] == columns[j], 0.0).sum(1)
-
-    return pairwise_reduce(tile, image, texts, block=(max(1, len(image)), 128))
 
 
 def dreamlip_loss(
@@ -148,35 +116,10 @@ def _ids(same: Tensor) -> Tensor:  # [B, K]
     return (numbers(len(same), same.device)[:, None] * same.shape[1] + first).flatten()
 
 
-# --------------------------------------------------------------------------------------------------------------- loop
-
-
-def sentences(captions: Iterable[str]) -> list[str]:
-    """The pool of an image: all of its captions, split at new lines, full stops and end tags, without what is empty."""
-    return [part for caption in captions for part in map(str.strip, re.split(r"\n|\.|</s>", caption)) if part]
-
-
-def draw_sentences(
-    pool: Sequence[str], count: int, draw: random.Random, *, merged: int = 1, skip_last: bool = False
-) -> list[str]:
-    """`count` of the pool, no two the same unless it has fewer.
-
-    Args:
-        merged: from each one that is drawn, so many that follow each other in the pool are joined.
-        skip_last: as in the released code, which never draws the last one of several.
-    """
-    if not pool or count < 0 or merged < 1:
-        got = f"{len(pool)}, {count}, {merged}"
-        raise ValueError(f"draw_sentences: pool and merged must be at least 1, count at least 0, got {got}")
-    first = range(max(1, len(pool) - skip_last))
-    drawn = draw.sample(first, count) if count <= len(first) else draw.choices(first, k=count)
-    return [". ".join(pool[i : i + merged]) for i in drawn]
-
-
 def run(
     steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
-    """Trains on pages composed of icons: see `fastcontrast.recipes._dreamlip_run`."""
-    from ._dreamlip_run import run as train
+    """Trains on pages composed of icons: see `fastcontrast.recipes._parts.dreamlip_run`."""
+    from ._parts.dreamlip_run import run as train
 
     return train(steps, output=output, seed=seed, limit=limit)

@@ -19,29 +19,27 @@ Source: Fan et al. 2023, "Improving CLIP Training with Language Rewrites", arXiv
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastcontrast import clip_loss
 from fastcontrast.demo.recall import evaluate
-from fastcontrast.distributed._exchange import active
-from fastcontrast.distributed._sums import count_over_ranks, numbers
+from fastcontrast.distributed._sums import count_over_ranks
 from fastcontrast.minilm import minilm_features
 from fastcontrast.ops import _check as check
-from fastcontrast.ops._formed import formed
-from fastcontrast.ops._precision import float32, for_products
 
-from . import _icons
-from ._report import Report, Scale, train
+from ._parts.laclip_draw import Draw, enough_words
+from ._parts.laclip_in_turn import sum_in_turn
+from ._shared.icons import load_icons, rewrites_of
+from ._shared.report import Report, Scale, train
+
+__all__ = ["Draw", "enough_words", "laclip_mt_loss", "run"]
 
 STEPS, BATCH, RATE = 80, 1024, 2e-3
-
-# ---------------------------------------------------------------------------------------------------------- objective
 
 
 def laclip_mt_loss(
@@ -85,70 +83,6 @@ def _of_version(r: int, valid: Tensor | None, image: Tensor, scale: Tensor, *tex
     return clip_loss(image[rows], texts[r][rows], scale, weights=weights, reduction="sum")
 
 
-def sum_in_turn(terms: Sequence[Callable[..., Tensor]], *inputs: Tensor) -> Tensor:
-    """Σ term(*inputs), each differentiated as soon as it is known: the logits of no more than one are ever kept."""
-    if active() is not None:  # where none keeps logits; and where a second backward would have to find the same ranks
-        return torch.stack([term(*inputs) for term in terms]).sum()
-
-    def run(inputs: tuple[Tensor, ...], needs: tuple[bool, ...]) -> tuple[Tensor, tuple[Tensor | None, ...]]:
-        leaves = [for_products(x).detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
-        wanted = [i for i, need in enumerate(needs) if need]
-        total, gradients = 0.0, [None] * len(inputs)
-        for term in terms:
-            with torch.set_grad_enabled(any(needs)):
-                loss = term(*leaves)
-            total = total + loss.detach()
-            found = torch.autograd.grad(loss, [leaves[i] for i in wanted], allow_unused=True) if wanted else ()
-            for i, g in zip(wanted, found, strict=True):
-                if g is not None:
-                    gradients[i] = float32(g) if gradients[i] is None else gradients[i] + float32(g)
-        return total, tuple(gradients)
-
-    return formed(run, *inputs, op="laclip_mt_loss")
-
-
-# --------------------------------------------------------------------------------------------------------------- draws
-
-
-class Draw(nn.Module):
-    """Which version each sample of a step shows: r [B], uniform over all V, each on its own.
-
-    Depends on `seed` and on the number of the call alone, which are in `state_dict`. Inside `exchange` it is drawn for
-    the whole batch, of which every rank takes its rows.
-    """
-
-    def __init__(self, seed: int = 0):
-        super().__init__()
-        self.register_buffer("seed_and_step", torch.tensor([seed, 0]))
-
-    @torch.no_grad()
-    def forward(self, usable: Tensor) -> Tensor:  # [B, V] bool -> [B]
-        """Where the drawn version is not usable (see `enough_words`), 0, the original."""
-        count, versions = usable.shape
-        seed, step = self.seed_and_step.tolist()
-        self.seed_and_step[1] += 1
-        whole = count_over_ranks(count, usable.device)
-        draws = torch.tensor(random.Random(f"{seed}, {step}").choices(range(versions), k=whole), device=usable.device)
-        drawn = draws[numbers(count, usable.device)]
-        return torch.where(usable.gather(1, drawn[:, None])[:, 0], drawn, 0)
-
-
-def enough_words(versions: Sequence[Sequence[str]]) -> Tensor:
-    """[K, V] of V lists of K texts, the originals first: False where a rewrite has fewer than two words.
-
-    Raises ValueError where a list is not aligned with the originals.
-    """
-    lengths = [len(texts) for texts in versions]
-    if len({*lengths}) != 1:
-        raise ValueError(f"enough_words: versions must be lists of as many texts, got {lengths}")
-    mask = torch.tensor([[len(text.split()) > 1 for text in texts] for texts in versions]).T
-    mask[:, 0] = True
-    return mask
-
-
-# ----------------------------------------------------------------------------------------------------------------- run
-
-
 def run(
     steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
@@ -157,8 +91,8 @@ def run(
     """
     steps = STEPS if steps is None else steps
     report = Report("laclip", output, steps=steps, seed=seed, limit=limit, batch=BATCH)
-    icons = _icons.load(limit)
-    *rewrites, held_out = ([*texts] for texts in zip(*map(_icons.rewrites, icons.names), strict=True))
+    icons = load_icons(limit)
+    *rewrites, held_out = ([*texts] for texts in zip(*map(rewrites_of, icons.names), strict=True))
     features = torch.stack([icons.texts, *map(minilm_features, rewrites)])  # [V, K, 384]
     in_other_words, mask = minilm_features(held_out), enough_words([icons.names, *rewrites])
     for label in ("CLIP", "LaCLIP", "LaCLIP-MT"):

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 
 from fastcontrast.towers import GlyphTower, encode
 
-from . import _icons
-from ._namer import Namer, spread
-from ._prefix import Prefix
-from ._report import Report, train
+from ._shared.icons import load_icons
+from ._shared.namer import Namer, spread
+from ._shared.prefix import Prefix, prefix_loss
+from ._shared.report import Report, train
+
+__all__ = ["Prefix", "positions", "prefix_loss", "run"]
 
 STEPS, BATCH = 100, 64
 RATES = {"on text vectors": 3e-3, "blind": 1e-3, "LiMBeR": 1e-3}
@@ -49,7 +51,7 @@ def run(
     """
     steps = STEPS if steps is None else steps
     report = Report("limber", output, steps=steps, seed=seed, limit=limit, batch=BATCH)
-    icons = _icons.load(limit)
+    icons = load_icons(limit)
     clip, namer = icons.clip(seed), Namer(icons)
     text, tower = spread(encode(clip.name_tower, icons.texts)), clip.item_tower
     for label, rate in RATES.items():

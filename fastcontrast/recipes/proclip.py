@@ -30,20 +30,19 @@ from torch import Tensor, nn
 
 from fastcontrast import EMATeacher, clip_loss
 from fastcontrast.minilm import WIDTH, minilm_features
-from fastcontrast.ops import _check as check
-from fastcontrast.ops import pairwise_reduce
-from fastcontrast.ops._formed import formed
-from fastcontrast.ops._precision import float32
 from fastcontrast.towers import hash_words
 
-from . import _icons
-from ._proclip_start import DIM, bag_of_words_clip, either, fewer_names
-from ._report import Report, Scale, train
+from ._parts.proclip_imitation import instance_loss, structure_loss
+from ._parts.proclip_start import DIM, bag_of_words_clip, either
+from ._shared.icons import Icons, load_icons, rewrites_of
+from ._shared.report import Report, Scale, train
+
+__all__ = ["Adapter", "imitation_loss", "instance_loss", "proclip_loss", "run", "structure_loss"]
 
 STEPS, BATCH = 40, 512
 START_STEPS = 40  # of the CLIP that both begin with
 TEXT_STEPS, TEXT_RATE, RATE = 150, 3e-3, 1e-3
-TAUGHT = 0.5  # share of the start's names that the two stages see: fine-tuning has less data than pretraining had
+TAUGHT = 0.5  # share of the start's names that the two stages see
 WEIGHT, MOMENTUM = 4e-4, 0.999
 
 
@@ -67,45 +66,6 @@ class Adapter(nn.Module):
         return F.normalize(self.head(u + self.block(u)), dim=-1)
 
 
-def instance_loss(student: Tensor, teacher: Tensor) -> Tensor:  # [N, D] each
-    """Σ_i ‖a_i − e_i‖², a sum over rows and dimensions; the teacher gets no gradient."""
-    student, teacher = _pair("instance_loss", student, teacher)
-    return (student - teacher).square().sum()
-
-
-def structure_loss(student: Tensor, teacher: Tensor, *, h: str = "smooth_l1") -> Tensor:  # [N, D], [N, E]
-    """Σ_{i<j} h(‖a_i − a_j‖ − ‖e_i − e_j‖), without a matrix of all pairs; the teacher gets no gradient.
-
-    Distances are in float32 or float64 and taken about the mean row, so that rows in a narrow cone keep their digits.
-    Of features of length 1, those below about 1e-3 (float64: 4e-8) are 0, and so is their derivative: duplicates.
-    Widths may differ. Fewer than two rows give 0.
-
-    Raises ValueError naming what does not fit, and for another h than "smooth_l1" or "square".
-    """
-    op = "structure_loss"
-    check.one_of(op, "h", h, tuple(PENALTIES))
-    student, teacher = _pair(op, student, teacher, widths=False)
-    target = teacher - teacher.mean(0)
-
-    def run(inputs, needs):
-        rows = inputs[0] - inputs[0].mean(0)
-        gradient = torch.zeros_like(rows) if needs[0] else None
-
-        def tile(p: Tensor, q: Tensor, i: Tensor, j: Tensor) -> Tensor:
-            distances = _distances(p, q)
-            difference = (distances - _distances(target[i], target[j])).masked_fill_(j <= i[:, None], 0.0)
-            loss, slope = PENALTIES[h](difference)
-            if gradient is not None:
-                slope.div_(distances).masked_fill_(distances == 0, 0.0)
-                gradient.index_add_(0, i, slope.sum(1)[:, None] * p - slope @ q)
-                gradient.index_add_(0, j, slope.sum(0)[:, None] * q - slope.T @ p)
-            return loss
-
-        return pairwise_reduce(tile, rows, rows, upper=True), (gradient,)
-
-    return formed(run, student, op=op)
-
-
 def imitation_loss(student: Tensor, teacher: Tensor, *, h: str = "smooth_l1") -> Tensor:  # [N, D] each
     """ins + struct: the first stage of one set of texts, and what holds the image encoder in the second."""
     return instance_loss(student, teacher) + structure_loss(student, teacher, h=h)
@@ -125,32 +85,6 @@ def proclip_loss(
     return clip_loss(image, text, scale) + weight * imitation_loss(image, teacher, h=h)
 
 
-def _smooth_l1(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Σ h(x), and h'(x) in a tensor of its own. With s = h'(x), h(x) = s · (x − s/2) on either side of 1."""
-    slope = x.clamp(-1, 1)
-    return torch.linalg.vecdot(slope, x.sub_(slope, alpha=0.5)).sum(), slope
-
-
-PENALTIES = {"smooth_l1": _smooth_l1, "square": lambda x: (torch.linalg.vecdot(x, x).sum(), 2 * x)}
-
-
-def _distances(p: Tensor, q: Tensor) -> Tensor:
-    """‖p_i − q_j‖ from inner products, 0 where those have no digits left to tell it from 0."""
-    squares = torch.addmm(p.square().sum(1)[:, None] + q.square().sum(1), p, q.T, alpha=-2)
-    return F.threshold_(squares, 8 * torch.finfo(squares.dtype).eps, 0.0).sqrt_()
-
-
-def _pair(op: str, student: Tensor, teacher: Tensor, widths: bool = True) -> tuple[Tensor, Tensor]:
-    """Checked, in one precision of at least float32, the teacher detached."""
-    check.matrix(op, "student", student)
-    check.matrix(op, "teacher", teacher, student.shape[1] if widths else None, like="student")
-    check.same_kind(op, "teacher", teacher, student, dtype=False, like_name="student")
-    if len(teacher) != len(student):
-        raise ValueError(f"{op}: teacher must have {len(student)} rows to match student, got {len(teacher)}")
-    student = float32(student)
-    return student, teacher.detach().to(student.dtype)
-
-
 def run(
     steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
@@ -160,14 +94,14 @@ def run(
     """
     steps = STEPS if steps is None else steps
     report = Report("proclip", output, steps=steps, seed=seed, limit=limit, batch=BATCH, taught=TAUGHT, weight=WEIGHT)
-    icons = _icons.load(limit)
-    raw = [_icons.rewrites(name)[i % 4] for i, name in enumerate(icons.names)]
+    icons = load_icons(limit)
+    raw = [rewrites_of(name)[i % 4] for i, name in enumerate(icons.names)]
     words = hash_words([*icons.names, *raw]).unflatten(0, (2, -1))  # [2, K, T], what the old text encoder reads
     embedded = torch.stack([icons.texts, minilm_features(raw)])  # [2, K, 384], what the new one says
     with report.model("CLIP, bag of words") as found:
         start, found.losses = bag_of_words_clip(icons, words, START_STEPS, seed)
         found.metrics = icons.recall(start, words[0])
-    few = fewer_names(icons, TAUGHT, seed)
+    few = icons.fewer(TAUGHT, seed)
     for label, weight in (("2nd stage alone", 0.0), ("ProCLIP", WEIGHT)):
         torch.manual_seed(seed)
         model, scale = copy.deepcopy(start), Scale()
@@ -194,7 +128,7 @@ def run(
     return report.close(model)
 
 
-def imitate(adapter: Adapter, old: nn.Module, embedded: Tensor, words: Tensor, few: _icons.Icons, seed: int) -> None:
+def imitate(adapter: Adapter, old: nn.Module, embedded: Tensor, words: Tensor, few: Icons, seed: int) -> None:
     """The first stage, in place: names and raw texts through the adapter and the old text encoder; no image."""
     names, generator = (~few.pairs.unseen).nonzero()[:, 0], torch.Generator().manual_seed(seed)
     with torch.no_grad():

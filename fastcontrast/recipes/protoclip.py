@@ -33,12 +33,13 @@ from fastcontrast.distributed._sums import own_parameter, share
 from fastcontrast.losses._common import features as checked
 from fastcontrast.ops import _check as check
 from fastcontrast.ops._precision import float32
-from fastcontrast.towers import TwoTowers
 
-from . import _icons
-from ._protoclip_episode import Episode, Prediction, bias_of
-from ._protoclip_features import frequent_words, linear_probe, principal, raw
-from ._report import Report, Scale, train
+from ._parts.protoclip_episode import Episode, Prediction, bias_of, soft_targets, stage
+from ._parts.protoclip_features import cluster, frequent_words, linear_probe, principal, raw
+from ._shared.icons import load_icons
+from ._shared.report import Report, Scale, train
+
+__all__ = ["Episode", "ProtoClip", "proto_loss", "run", "soft_targets", "stage"]
 
 STEPS, BATCH, RATE = 120, 512, 2e-3
 EPISODE, CLUSTERS = 4096, 300  # of 200,000 and 20,000: the icons are few
@@ -135,14 +136,6 @@ class ProtoClip(nn.Module):
         self.proto_scale.clamp()
 
 
-def stage(episode: int, lit_start: int, infonce_warmup: int = 1) -> str:
-    """What episodes, from 0, train: "locked" from `lit_start` on, L_CLIP with the image tower locked; "clip" in the
-    first `infonce_warmup`, L_CLIP; "proto" in between, all of L."""
-    if episode >= lit_start:
-        return "locked"
-    return "clip" if episode < infonce_warmup else "proto"
-
-
 def run(
     steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
@@ -150,7 +143,7 @@ def run(
     MiniLM sees them. All three start alike and meet the same samples in the same order. The claim, a better linear
     probe, does not show here."""
     steps = STEPS if steps is None else steps
-    icons = _icons.load(limit)
+    icons = load_icons(limit)
     population = icons.pairs.train
     size = min(EPISODE, len(population))
     batch, k = min(BATCH, size), min(CLUSTERS, math.ceil(size / 8))
@@ -181,13 +174,3 @@ def run(
                 images = torch.cat([raw(model, icons, rows)[0] for rows in items.split(1024)])
             found.metrics = {"linear probe, %": linear_probe(images, words, seed), **icons.recall(model)}
     return report.close(model)
-
-
-@torch.no_grad()
-def cluster(proto: ProtoClip, model: TwoTowers, icons: _icons.Icons, rows: Tensor, external: Tensor | None) -> None:
-    """Clusters an episode of items `rows`, with the heads in evaluation mode."""
-    proto.eval()
-    parts = [proto.project(*raw(model, icons, part)) for part in rows.split(1024)]
-    proto.train()
-    image, text = (torch.cat([part[side] for part in parts]) for side in ("image", "text"))
-    proto.episode.cluster(image, text, None if external is None else external[icons.ids[rows]])

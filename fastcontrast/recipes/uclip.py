@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import os
 from collections import Counter
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -34,53 +33,17 @@ from torch import Tensor, nn
 
 from fastcontrast import clip_loss
 from fastcontrast.distributed._sums import share
-from fastcontrast.ops import _check as check
-from fastcontrast.ops import similarity_mix
 
-from . import _uclip_data
-from ._report import Report, train
-from ._uclip_picture import draw
+from ._parts import uclip_data
+from ._parts.uclip_picture import draw
+from ._parts.uclip_retrieval import look_up, merge, retrieve
+from ._shared.report import Report, train
+
+__all__ = ["Heads", "look_up", "merge", "noisy", "retrieve", "run", "uclip_loss"]
 
 STEPS, BATCH, RATE, WIDTH = 150, 512, 3e-3, 256
 ENCODER_STEPS, NOISE = 30, 0.02  # the paper's noise is as long as the features, and its captions are millions
-TEMPERATURE, SIGMA = 0.01, 0.004**0.5
-CHUNK = 1 << 14  # rows of a half-precision bank that are in float32 at a time
-
-Part = tuple[Tensor, Tensor]  # Σ_m softmax_m v_m [B, D], and the logits' log-sum-exp [B]
-
-
-@torch.no_grad()
-def look_up(queries: Tensor, bank: Tensor, temperature: float = TEMPERATURE) -> Part:  # [B, D], [M, D]
-    """The softmax-weighted mean of a bank's rows, not normalised, and the log-sum-exp of its logits: `merge` joins
-    those of a bank's parts. Products are in the precision of the queries, also where the bank is stored in less."""
-    check.matrix("look_up", "bank", bank, queries.shape[1])
-    if bank.dtype == queries.dtype:
-        return similarity_mix(queries, bank, bank, 1 / temperature, return_lse=True)
-    parts = (chunk.to(queries.dtype) for chunk in bank.split(CHUNK))
-    return _join(similarity_mix(queries, part, part, 1 / temperature, return_lse=True) for part in parts)
-
-
-def merge(parts: Iterable[Part]) -> Tensor:
-    """What `retrieve` gives of the whole bank, from `look_up` of its parts (chunks, files, ranks), in any order."""
-    return F.normalize(_join(parts)[0], dim=-1, eps=1e-12)
-
-
-def retrieve(queries: Tensor, bank: Tensor, temperature: float = TEMPERATURE) -> Tensor:  # [B, D], [M, D]
-    """N(Σ_m softmax_m(⟨q_i, b_m⟩ / T) b_m), [B, D], without gradient; 0 where the mean is.
-
-    A bank in float16 stays so in memory. Raises ValueError naming what does not fit.
-    """
-    return merge([look_up(queries, bank, temperature)])
-
-
-def _join(parts: Iterable[Part]) -> Part:
-    parts = iter(parts)
-    mean, lse = next(parts)
-    for other, r in parts:
-        both = torch.logaddexp(lse, r)
-        mean = mean * (lse - both).exp()[:, None] + other * (r - both).exp()[:, None]
-        lse = both
-    return mean, lse
+SIGMA = 0.004**0.5
 
 
 def noisy(x: Tensor, sigma: float = SIGMA, generator: torch.Generator | None = None) -> Tensor:  # [B, D]
@@ -163,7 +126,7 @@ def run(
     """
     steps = STEPS if steps is None else steps
     report = Report("uclip", output, steps=steps, seed=seed, limit=limit, batch=BATCH, noise=NOISE)
-    world = _uclip_data.load(limit, seed, ENCODER_STEPS)
+    world = uclip_data.load(limit, seed, ENCODER_STEPS)
     torch.manual_seed(seed)
     start = Heads(world.e.shape[1], world.c.shape[1], WIDTH)
     with report.model("CLIP, asked in English") as found:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastcontrast.minilm import minilm_features
 from fastcontrast.towers import encode
 
-from ._icons import Icons
+from .._shared.icons import Icons
 
 K = 4
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from fastcontrast import clips
 from fastcontrast.minilm import WIDTH, minilm_features
 
-from ._report import Report, train
-from .x_clip import Settings, XClip, x_clip_loss
+from .._shared.report import Report, train
+from ..x_clip import Settings, XClip, x_clip_loss
 
 FRAMES, SHORTEST, LONGEST = 8, 8, 24  # frames a clip; the window that they are taken from
 HELD_OUT = 1 / 3  # of every shot, at its end
@@ -81,7 +81,7 @@ def run(
 
     Raises MissingDataError if a package is not installed, ValueError if there is nothing to do.
     """
-    from ._x_clip_picture import picture
+    from .x_clip_picture import picture
 
     steps = STEPS if steps is None else steps
     count = TEST_CLIPS * len(clips.SHOTS) if limit is None else max(1, limit // len(WAYS))

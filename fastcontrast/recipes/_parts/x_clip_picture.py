@@ -15,8 +15,8 @@ from torch import Tensor
 from fastcontrast import clips
 from fastcontrast.figures import GREY, LIGHT
 
-from ._x_clip_run import WAYS, draw_clips
-from .x_clip import CrossFrameBlock, XClip
+from ..x_clip import CrossFrameBlock, XClip
+from .x_clip_run import WAYS, draw_clips
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure

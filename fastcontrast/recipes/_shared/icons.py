@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,11 @@ class Icons:
         """Endless batches of indices of items to train on: names in random order, for each one of its items."""
         return training.batches(self.pairs, batch, seed)
 
+    def fewer(self, share: float, seed: int) -> Icons:
+        """The same icons, of whose seen names only a share is seen: fine-tuning has less data than pretraining had."""
+        drawn = torch.rand(len(self.names), generator=torch.Generator().manual_seed(seed)) < share
+        return replace(self, pairs=replace(self.pairs, unseen=self.pairs.unseen | ~drawn))
+
     def towers(self, seed: int) -> TwoTowers:
         """An untrained CLIP: a CNN for glyphs, a linear head on MiniLM's features for names."""
         torch.manual_seed(seed)
@@ -77,13 +82,13 @@ class Icons:
         }
 
 
-def load(limit: int | None = None) -> Icons:
+def load_icons(limit: int | None = None) -> Icons:
     """All icons, or about `limit` of them. Raises MissingDataError without the packages."""
     drawn = data.icons(limit=limit, unseen=UNSEEN if limit is None else max(1, limit // 16))
     return Icons(drawn, minilm_features(drawn.names))
 
 
-def raw(tower: nn.Module, x: Tensor) -> Tensor:
+def raw_features(tower: nn.Module, x: Tensor) -> Tensor:
     """What a tower of icons or of names gives before it normalises, [B, D]."""
     found, last = [], tower.layers if isinstance(tower, GlyphTower) else tower.linear
     with last.register_forward_hook(lambda *call: found.append(call[-1].float())):
@@ -91,7 +96,7 @@ def raw(tower: nn.Module, x: Tensor) -> Tensor:
     return found[0]
 
 
-def rewrites(name: str) -> list[str]:
+def rewrites_of(name: str) -> list[str]:
     """Four other ways to say an icon's name, by rule: "account box" →
 
     "an icon of account box", "box, account", "a pictogram that shows account box", "symbol for account box in an app".

@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastcontrast.ops import _check as check
+from fastcontrast.ops._precision import float32, without_autocast
+
 
 class Attention(nn.Module):
     """softmax(q kᵀ/√d) v with heads, q of `x` [B, N, width], k and v of `memory` [B, M, width], and a projection."""
@@ -153,3 +156,17 @@ def cut(tokens: Tensor, length: int, end: int) -> Tensor:  # [K, L] integer
     kept = tokens[:, :length].clone()
     kept[(kept != end).all(1), -1] = end
     return F.pad(kept, (0, length - kept.shape[1]))
+
+
+@without_autocast
+def score_maps(z: Tensor, text: Tensor) -> Tensor:  # [B, C, H, W], [K, C] or [B, K, C]
+    """Cosines of every pixel and class, float32 [B, K, H, W] (float64 for float64); 0 at a pixel without features.
+
+    Raises ValueError naming what does not fit.
+    """
+    check.tensor("score_maps", "z", z, 4, "[B, C, H, W]")
+    if text.shape[-1] != z.shape[1] or text.ndim not in (2, 3) or (text.ndim == 3 and len(text) != len(z)):
+        expected = f"[K, {z.shape[1]}] or [{len(z)}, K, {z.shape[1]}]"
+        raise ValueError(f"score_maps: text must be {expected} to match z, got {list(text.shape)}")
+    pixels = F.normalize(float32(z).flatten(2), dim=1, eps=1e-12)
+    return (F.normalize(float32(text), dim=-1, eps=1e-12) @ pixels).unflatten(-1, z.shape[2:])

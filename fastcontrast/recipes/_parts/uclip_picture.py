@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastcontrast.figures import GREEN, LIGHT
 
-from ._uclip_data import World
+from .uclip_data import World
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure

@@ -12,8 +12,8 @@ from fastcontrast.demo.recall import recall
 from fastcontrast.figures import BLUE, GREEN, ORANGE
 from fastcontrast.minilm import minilm_features
 
-from ._icons import Icons
-from ._pages import CELLS, cell_tokens, compose
+from .._shared.icons import Icons
+from .._shared.pages import CELLS, cell_tokens, compose
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure

@@ -14,8 +14,8 @@ from fastcontrast import data
 from fastcontrast.data import SIDE, Pairs
 from fastcontrast.minilm import minilm_features
 
-from ._icons import Icons
-from ._pages import CELLS, Pages, compose, joined
+from .._shared.icons import Icons
+from .._shared.pages import CELLS, Pages, compose, joined
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure

@@ -156,3 +156,11 @@ def bias_of(op: str, valid: Tensor | None, prototypes: Tensor) -> Tensor | None:
     if valid.dtype != torch.bool or valid.shape != (k,):
         raise ValueError(f"{op}: valid must be bool [{k}], got {valid.dtype} {list(valid.shape)}")
     return torch.zeros(k, dtype=float32(prototypes).dtype, device=valid.device).masked_fill(~valid, -math.inf)
+
+
+def stage(episode: int, lit_start: int, infonce_warmup: int = 1) -> str:
+    """What episodes, from 0, train: "locked" from `lit_start` on, L_CLIP with the image tower locked; "clip" in the
+    first `infonce_warmup`, L_CLIP; "proto" in between, all of L."""
+    if episode >= lit_start:
+        return "locked"
+    return "clip" if episode < infonce_warmup else "proto"

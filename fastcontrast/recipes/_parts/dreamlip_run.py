@@ -15,10 +15,11 @@ from fastcontrast import clip_loss
 from fastcontrast.minilm import minilm_features
 from fastcontrast.towers import TextHead
 
-from . import _icons
-from ._pages import CELLS, Pages, PageTower, cell_tokens, compose
-from ._report import Report, Scale, train
-from .dreamlip import draw_sentences, dreamlip_loss, sentences
+from .._shared.icons import Icons, load_icons
+from .._shared.pages import CELLS, Pages, PageTower, cell_tokens, compose
+from .._shared.report import Report, Scale, train
+from ..dreamlip import dreamlip_loss
+from .dreamlip_sentences import draw_sentences, sentences
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
@@ -68,7 +69,7 @@ def run(
     """
     steps = STEPS if steps is None else steps
     report = Report("dreamlip", output, steps=steps, seed=seed, limit=limit, batch=BATCH)
-    icons, models = _icons.load(limit), {}
+    icons, models = load_icons(limit), {}
     data = Data(icons, seed)
     for label in ("CLIP", "L_MP alone", "DreamLIP"):
         torch.manual_seed(seed)
@@ -94,7 +95,7 @@ def run(
 class Data:
     """Pages to train on, by their icons, captions and names; and pages to test on."""
 
-    def __init__(self, icons: _icons.Icons, seed: int):
+    def __init__(self, icons: Icons, seed: int):
         self.icons, self.number = icons, {name: i for i, name in enumerate(icons.names)}
         generator = torch.Generator().manual_seed(seed)
         count = min(PAGES, len(icons.pairs))
@@ -162,7 +163,7 @@ def some_of(items: Tensor, generator: torch.Generator) -> Tensor:  # [P, MOST]
     return items.masked_fill(torch.arange(MOST) >= counts, -1)
 
 
-def held_out(icons: _icons.Icons, generator: torch.Generator) -> Tensor:
+def held_out(icons: Icons, generator: torch.Generator) -> Tensor:
     """Pages [P, MOST] of unseen names, each at most once, by a random one of its items."""
     items = icons.pairs.test[torch.randperm(len(icons.pairs.test), generator=generator)]
     ids = icons.ids[items]

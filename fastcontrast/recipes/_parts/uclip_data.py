@@ -13,9 +13,9 @@ from fastcontrast import clip_loss
 from fastcontrast.minilm import WIDTH, minilm_features
 from fastcontrast.towers import HashedWords, encode, padded
 
-from . import _icons
-from ._django import phrases
-from ._report import train
+from .._shared.django import phrases
+from .._shared.icons import Icons, load_icons
+from .._shared.report import train
 
 LANGUAGES = ("cs", "fi", "hr", "hu", "ro")  # the paper's
 BUCKETS, LIMIT = 1 << 15, 160
@@ -27,7 +27,7 @@ OTHER_SENSE = {"sun"}  # the weekday, short
 class World:
     """Features of length 1: of English texts by both encoders, of the banks, of all icons, of the questions."""
 
-    icons: _icons.Icons
+    icons: Icons
     names: int  # of the texts to train on, the first so many are names of icons, the others Django's
     e: Tensor  # [K, 384], English texts, by the multilingual encoder
     c: Tensor  # [K, D], the same by CLIP
@@ -57,7 +57,7 @@ class World:
 
 def load(limit: int | None, seed: int, steps: int) -> World:
     """Trains the multilingual encoder for `steps`, and takes all features."""
-    icons = _icons.load(limit)
+    icons = load_icons(limit)
     seen = (~icons.pairs.unseen).nonzero()[:, 0]
     names = [icons.names[i] for i in seen.tolist()]
     texts = [(language, *pair) for language in LANGUAGES for pair in phrases(language).items()]

@@ -1,8 +1,6 @@
-"""What a run of ProCLIP begins with: a CLIP of icons that reads bags of words, and the names that fine-tuning sees."""
+"""What a run of ProCLIP begins with: a CLIP of icons that reads bags of words."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,13 +8,13 @@ from torch import Tensor
 from fastcontrast import clip_loss
 from fastcontrast.towers import HashedWords, TwoTowers
 
-from . import _icons
-from ._report import Scale, train
+from .._shared.icons import Icons
+from .._shared.report import Scale, train
 
 DIM, BATCH, RATE = 256, 1024, 3e-3
 
 
-def bag_of_words_clip(icons: _icons.Icons, words: Tensor, steps: int, seed: int) -> tuple[TwoTowers, list[float]]:
+def bag_of_words_clip(icons: Icons, words: Tensor, steps: int, seed: int) -> tuple[TwoTowers, list[float]]:
     """The start: a CLIP trained on all seen names, whose text encoder is a bag of words; and its losses."""
     torch.manual_seed(seed)
     model, scale = TwoTowers("icons"), Scale()
@@ -35,9 +33,3 @@ def bag_of_words_clip(icons: _icons.Icons, words: Tensor, steps: int, seed: int)
 def either(texts: Tensor, ids: Tensor, choice: torch.Generator) -> Tensor:
     """Of [2, K, ...] texts [B, ...] of the names `ids`: of each the short one or the raw one, with equal chance."""
     return texts[torch.randint(2, ids.shape, generator=choice), ids]
-
-
-def fewer_names(icons: _icons.Icons, share: float, seed: int) -> _icons.Icons:
-    """The same icons, of whose seen names only a share is seen."""
-    drawn = torch.rand(len(icons.names), generator=torch.Generator().manual_seed(seed)) < share
-    return replace(icons, pairs=replace(icons.pairs, unseen=icons.pairs.unseen | ~drawn))

@@ -1,4 +1,4 @@
-"""The CLIP that DenseCLIP starts from: trained on single icons, it then reads pages."""
+"""The CLIP that DenseCLIP starts from, trained on single icons, and what labels pages from it on."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from fastcontrast import clip_loss
 from fastcontrast.data import SIDE
 from fastcontrast.towers import TextHead
 
-from ._denseclip_model import AttentionPool
-from ._icons import Icons
-from ._pages import STRIDE, PageTower
-from ._report import Scale, train
+from .._shared.icons import Icons
+from .._shared.pages import STRIDE, PageTower
+from .._shared.report import Scale, train
+from .denseclip_model import AttentionPool, PostModelPrompt, score_maps
 
 BATCH, RATE, DIM = 512, 3e-3, 256
 
@@ -51,3 +51,24 @@ def pretrained(icons: Icons, items: Tensor, seed: int, steps: int) -> Clip:
     learned = [*model.parameters(), *scale.parameters()]
     train("CLIP, the start", steps, learned, step, rate=RATE, decay=0.1, clip=1.0, after=scale.clamp)
     return model
+
+
+class Segmenter(nn.Module):
+    """CLIP and a decoder of two convolutions; with `text` [K, DIM] DenseCLIP, without it CLIP that is fine-tuned."""
+
+    def __init__(self, clip: Clip, classes: int, text: Tensor | None = None):
+        super().__init__()
+        self.clip = clip
+        self.prompt = None if text is None else PostModelPrompt(DIM, width=128, layers=2)
+        self.register_buffer("text", text)
+        read = clip.tower.width + (0 if text is None else classes)
+        self.head = nn.Sequential(nn.Conv2d(read, 128, 3, padding=1), nn.ReLU(), nn.Conv2d(128, classes, 1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:  # [B, H, W]
+        """Logits and score maps, [B, K, H/8, W/8] each."""
+        x, visual = self.clip(images)
+        if self.prompt is None:
+            return self.head(x), None
+        z = visual[:, 1:].mT.unflatten(-1, x.shape[2:])
+        scores = score_maps(z, self.prompt(self.text, visual))
+        return self.head(torch.cat([x, scores], 1)), scores

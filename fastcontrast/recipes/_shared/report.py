@@ -126,7 +126,7 @@ class Report:
 def train(
     label: str,
     steps: int,
-    parameters: nn.Module | Iterable[Tensor],
+    parameters: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
     step: Callable[[int], Tensor],
     *,
     rate: float,
@@ -138,14 +138,18 @@ def train(
     """`steps` times: loss = step(i), its backward, AdamW, then after(i) (clamps, EMA, gates). Returns the losses.
 
     The rate rises over the first steps and falls as a half cosine; vectors and scalars do not decay; `clip` bounds the
-    norm of the gradient. Raises FloatingPointError at a loss that is not finite.
+    norm of the gradient. `parameters` may be in groups as optimisers take them, {"params": ..., "lr": ...}. Raises
+    FloatingPointError at a loss that is not finite.
     """
     from tqdm import tqdm
 
-    found = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
-    found = [p for p in found if p.requires_grad]
-    groups = [{"params": [p for p in found if (p.ndim > 1) == matrix], "weight_decay": decay * matrix}
-              for matrix in (True, False)]  # fmt: skip
+    given = [*(parameters.parameters() if isinstance(parameters, nn.Module) else parameters)]
+    groups = []
+    for group in given if isinstance(given[0], dict) else [{"params": given}]:
+        learned = [p for p in group["params"] if p.requires_grad]
+        for matrix in (True, False):
+            some = [p for p in learned if (p.ndim > 1) == matrix]
+            groups.append({**group, "params": some, "weight_decay": decay * matrix})
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_cosine(i, steps))
     losses: list[float] = []
@@ -155,7 +159,7 @@ def train(
             optimizer.zero_grad()
             loss.backward()
             if clip is not None:
-                nn.utils.clip_grad_norm_(found, clip)
+                nn.utils.clip_grad_norm_((p for group in groups for p in group["params"]), clip)
             optimizer.step()
             schedule.step()
             if after is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcontrast.towers import GlyphTower, TwoTowers, encode
 
-from ._icons import Icons, raw
+from .._shared.icons import Icons, raw_features
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def at_scale(model: TwoTowers, icons: Icons, scale: float) -> list[Tensor]:
     found = []
     for tower, x, seen in ((model.item_tower, icons.glyphs, icons.pairs.train),
                            (model.name_tower, icons.texts, ~icons.pairs.unseen)):  # fmt: skip
-        features = torch.cat([raw(tower, part) for part in x.split(1024)])
+        features = torch.cat([raw_features(tower, part) for part in x.split(1024)])
         factor = scale**0.5 / features[seen].norm(dim=1).mean()
         for parameter in (tower.layers[-1] if isinstance(tower, GlyphTower) else tower.linear).parameters():
             parameter.mul_(factor)

@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastcontrast.towers import TwoTowers
 
-from . import _icons
+from .._shared.icons import Icons, raw_features
 
 CLASSES = 40
 DECAY = 1e-4
 
 
-def raw(model: TwoTowers, icons: _icons.Icons, rows: Tensor) -> list[Tensor]:
+def raw(model: TwoTowers, icons: Icons, rows: Tensor) -> list[Tensor]:
     """What both towers give of items `rows` before they make it unit, [B, 256] each."""
     inputs = icons.glyphs[rows], icons.texts[icons.ids[rows]]
-    return [_icons.raw(tower, x) for tower, x in zip((model.item_tower, model.name_tower), inputs, strict=True)]
+    return [raw_features(tower, x) for tower, x in zip((model.item_tower, model.name_tower), inputs, strict=True)]
+
+
+@torch.no_grad()
+def cluster(proto: nn.Module, model: TwoTowers, icons: Icons, rows: Tensor, external: Tensor | None) -> None:
+    """Clusters an episode of items `rows`, with the heads in evaluation mode."""
+    proto.eval()
+    parts = [proto.project(*raw(model, icons, part)) for part in rows.split(1024)]
+    proto.train()
+    image, text = (torch.cat([part[side] for part in parts]) for side in ("image", "text"))
+    proto.episode.cluster(image, text, None if external is None else external[icons.ids[rows]])
 
 
 def principal(x: Tensor, width: int) -> Tensor:  # [N, D]
@@ -28,7 +38,7 @@ def principal(x: Tensor, width: int) -> Tensor:  # [N, D]
     return centred @ torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -width:]
 
 
-def frequent_words(icons: _icons.Icons) -> tuple[Tensor, Tensor]:
+def frequent_words(icons: Icons) -> tuple[Tensor, Tensor]:
     """Items whose name has just one of the `CLASSES` most frequent words of all names, and which; [N], [N]."""
     words = [set(icons.names[i].split()) for i in icons.ids.tolist()]
     counts = Counter(word for found in words for word in found)

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from fastcontrast.figures import GREY, INK
 
-from ._prefix import IGNORED, caption_labels, prefix_loss
+from .prefix import IGNORED, caption_labels, prefix_loss
 
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-    from ._icons import Icons
+    from .icons import Icons
 
 LAYERS = 2
 PROMPT, END = 'icon "', '"'
