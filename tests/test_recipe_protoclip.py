@@ -170,6 +170,8 @@ def test_other_refusals():
         soft_targets(H, H[:3], 0.1)
     with pytest.raises(ValueError, match="Episode: image must have 4 rows"):
         Episode(4, 2, 6).cluster(H, G)
+    with pytest.raises(ValueError, match="Episode: text must not be infinite"):
+        Episode(4, 2, 3).cluster(torch.ones(4, 3), torch.full((4, 3), math.inf))
     with pytest.raises(ValueError, match="Episode: external features must be given if and only if external=True"):
         Episode(5, 2, 6).cluster(H, G, G)
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcontrast import set_workspace
 from fastcontrast.ops._sweep import COLUMNS, ROWS
 
 from .. import _rivals as rivals
@@ -30,6 +31,7 @@ def against_dense(
     truth: Callable[..., Tensor] | None = None,
     needs: int = 0,
     compile: bool = True,
+    workspace: int | None = None,
     **options: Any,
 ) -> Workload:
     """The workload of an objective: `ours(*inputs)` and `dense(*inputs)` give the loss; gradients go to those inputs
@@ -39,8 +41,12 @@ def against_dense(
     products     the floor: matrix products that no way of computing it can do without, [M, D] × [D, N], tile by tile
     truth        the float64 result of inputs in float64, where `dense` would not fit
     needs        bytes of the dense form, which is skipped where they are not available
+    workspace    what `set_workspace` is told for ours: in little, no logits are kept, for a product more a matrix
     """
-    providers = {"fastcontrast": _provider(ours, memory=1), "dense torch": _provider(dense, memory=1, needs=needs)}
+    providers = {
+        "fastcontrast": _provider(ours, workspace, memory=1),
+        "dense torch": _provider(dense, memory=1, needs=needs),
+    }
     if compile:
         providers["dense torch, compiled"] = _provider(lambda: rivals.compiled(dense), needs=needs, compiles=True)
     exact = truth or dense
@@ -52,10 +58,18 @@ def against_dense(
     return Workload(name, shape, tiny, inputs, in_float64, providers, floors, tuple(bars), **options)
 
 
-def _provider(loss: Callable, **options: Any) -> Provider:
+def _provider(loss: Callable, workspace: int | None = None, **options: Any) -> Provider:
     def make(problem: Sequence[Any]) -> Step:
         function = loss() if options.get("compiles") else loss
-        return lambda: _results(function, problem)
+
+        def step() -> tuple[Tensor, ...]:
+            set_workspace(workspace)
+            try:
+                return _results(function, problem)
+            finally:
+                set_workspace(None)
+
+        return step if workspace else lambda: _results(function, problem)
 
     return Provider(make, **options)
 

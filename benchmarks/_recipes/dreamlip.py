@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastcontrast.recipes.dreamlip import circle_loss, dreamlip_loss
 
 from .._harness import Bar, Workload
-from . import Product, against_dense
+from . import MIB, Product, against_dense
 
 Shape = tuple[int, int, int, int]  # B, K, M, E
 
@@ -73,17 +73,27 @@ def workloads(quick: bool) -> list[Workload]:
     # Each one product forward and two backward; those with the patches, 1 % of the work, are left out.
     products: list[Product] = [(count, count, width, 3 * k), (all_pairs, all_pairs, width, 3)]
     bars = (
-        Bar("dense torch", "fastcontrast", at_least=1.0),
+        Bar("dense torch", "fastcontrast", at_least=1.5),  # which takes about twice the bare products
         Bar("dense torch", "fastcontrast", at_least=4.0, what="peak_extra_bytes"),
+    )
+    little_bars = (
+        Bar("dense torch", "fastcontrast", at_least=1.0),
+        Bar("dense torch", "fastcontrast", at_least=10.0, what="peak_extra_bytes"),
     )
     # Its tiny size has two tiles: the first that is computed again in a backward imports what torch needs for that.
     circle_bars = (Bar("dense torch", "fastcontrast", at_least=4.0, what="peak_extra_bytes"),)
     common = {"compile": not quick, "needs": needs}
+    more: list[Product] = [(count, count, width, 4 * k), (all_pairs, all_pairs, width, 4)]
+    little = against_dense(
+        f"dreamlip {size}, in 4 MiB", shape, (16, 2, 5, 32), inputs, ours, dense, products=more, workspace=4 * MIB,
+        bars=little_bars, needs=needs, compile=False,
+    )  # fmt: skip
     return [
         against_dense(
             f"dreamlip {size}", shape, (16, 2, 5, 32), inputs, ours, dense, products=products,
             bars=() if quick else bars, **common,
         ),
+        *([] if quick else [little]),
         against_dense(
             f"dreamlip circle {size}", shape, (160, 2, 5, 32), circle_inputs, ours_circle, dense_circle,
             products=[(count, all_pairs, width, 3)], bars=() if quick else circle_bars, **common,

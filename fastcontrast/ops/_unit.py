@@ -21,11 +21,12 @@ class _UnitRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         refuse_second_gradient("unit_rows")
-        return _gradient(gradient, *ctx.saved_tensors, ctx.eps), None
+        return unit_rows_gradient(gradient, *ctx.saved_tensors, ctx.eps), None
 
 
 @without_autocast  # a backward may be called inside it
-def _gradient(gradient: Tensor, unit: Tensor, length: Tensor, eps: float) -> Tensor:
+def unit_rows_gradient(gradient: Tensor, unit: Tensor, length: Tensor, eps: float) -> Tensor:  # [N, D], [N, D], [N, 1]
+    """(g − ⟨g, u⟩ u) / ‖x‖ of u = x / ‖x‖, and g / eps of rows shorter than eps."""
     out = empty_like(gradient)  # first for the products, where `vecdot` would make a tensor of its own
     along = torch.mul(gradient, unit, out=out).sum(1, keepdim=True).masked_fill_(length < eps, 0.0)
     return torch.addcmul(gradient, unit, along, value=-1, out=out).div_(length.clamp(min=eps))

@@ -6,8 +6,11 @@ import torch
 from torch import Tensor
 
 from fastcontrast.ops import _check as check
-from fastcontrast.ops._precision import float32, without_autocast
-from fastcontrast.ops._unit import unit_rows
+from fastcontrast.ops._precision import float32, refuse_second_gradient, without_autocast
+from fastcontrast.ops._unit import unit_rows_gradient
+
+IMAGES = 64  # whose gradients are made at a time
+SHORTEST = 1e-12  # a mean of patches that is shorter does not get length 1
 
 
 @without_autocast
@@ -37,33 +40,43 @@ def pool_patches(
     if not sigma <= 1:
         raise ValueError(f"{op}: sigma must be at most 1, above which no patch is left, got {sigma}")
     threshold = 1 / patches.shape[1] if sigma < 0 else float(sigma)
-    pooled = _Pool.apply(float32(texts), float32(patches), threshold, norm)
-    return unit_rows(pooled.flatten(0, 1)).view_as(texts)
+    return _Pool.apply(float32(texts), float32(patches), threshold, norm)
 
 
 class _Pool(torch.autograd.Function):
-    """Σ_m a_km p_m. By hand for the gradient of the patches: one product where autograd adds up two tensors as large
-    as they are."""
+    """By hand for its backward: a few images at a time, so that beside the gradients nothing large is made."""
 
     @staticmethod
     def forward(ctx, texts, patches, threshold, norm):
         scores = texts @ patches.mT
-        ctx.save_for_backward(texts, patches, scores)
+        pooled = _weights(scores, threshold, norm) @ patches
+        length = torch.linalg.vector_norm(pooled, dim=-1, keepdim=True)
+        unit = pooled.div_(length.clamp(min=SHORTEST))
+        ctx.save_for_backward(texts, patches, scores, unit, length)
         ctx.settings = threshold, norm
-        return _weights(scores, threshold, norm) @ patches
+        return unit
 
     @staticmethod
-    def backward(ctx, gradient):  # of unit_rows, which refuses a second gradient
+    def backward(ctx, gradient):
+        refuse_second_gradient("pool_patches")
         return *_gradients(gradient, *ctx.saved_tensors, *ctx.settings), None, None
 
 
 @without_autocast  # a backward may be called inside it
-def _gradients(gradient: Tensor, texts: Tensor, patches: Tensor, scores: Tensor, *settings) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad():
-        scores = scores.detach().requires_grad_()
-        weights = _weights(scores, *settings)
-    (of_scores,) = torch.autograd.grad(weights, scores, gradient @ patches.mT)
-    return of_scores @ patches, torch.cat([weights.detach(), of_scores], 1).mT @ torch.cat([gradient, texts], 1)
+def _gradients(gradient, texts, patches, scores, unit, length, *settings) -> tuple[Tensor, Tensor]:
+    of_texts, of_patches = torch.empty_like(texts), torch.empty_like(patches)
+    for i in range(0, len(patches), IMAGES):
+        now = slice(i, i + IMAGES)
+        rows = (x[now].flatten(0, 1) for x in (gradient, unit, length))
+        of_pooled = unit_rows_gradient(*rows, SHORTEST).view_as(texts[now])
+        with torch.enable_grad():
+            leaf = scores[now].detach().requires_grad_()
+            weights = _weights(leaf, *settings)
+        (of_scores,) = torch.autograd.grad(weights, leaf, of_pooled @ patches[now].mT)
+        torch.bmm(of_scores, patches[now], out=of_texts[now])
+        left, right = torch.cat([weights.detach(), of_scores], 1), torch.cat([of_pooled, texts[now]], 1)
+        torch.bmm(left.mT, right, out=of_patches[now])
+    return of_texts, of_patches
 
 
 def _weights(scores: Tensor, threshold: float, norm: str) -> Tensor:  # [B, K, M]

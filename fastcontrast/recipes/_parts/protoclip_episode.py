@@ -95,15 +95,17 @@ class Episode(nn.Module):
 
     @torch.no_grad()
     def cluster(self, image: Tensor, text: Tensor, external: Tensor | None = None) -> None:  # [n, d], [n, d], [n, D]
-        """Features of the samples, in the order drawn, all on every rank; rank 0 clusters. NaN counts as 0."""
+        """Features of the samples, in the order drawn, all on every rank; rank 0 clusters. NaN counts as 0, an infinity
+        raises ValueError."""
         if (external is None) != (self.of_external is None):
             raise ValueError("Episode: external features must be given if and only if external=True")
+        students = {"image": self._clean("image", image), "text": self._clean("text", text)}
+        external = None if external is None else self._clean("external", external)
         if world_size() == 1 or dist.get_rank() == 0:
-            students = {"image": self._clean("image", image), "text": self._clean("text", text)}
             for side, other in (("image", "text"), ("text", "image")):
                 self.of_each_other[side].fill(students[side], self._search(students[other]))
             if external is not None:
-                clusters = self._search(self._clean("external", external))
+                clusters = self._search(external)
                 for side, prediction in self.of_external.items():
                     prediction.fill(students[side], clusters)
         if world_size() > 1:
@@ -122,7 +124,10 @@ class Episode(nn.Module):
         check.matrix("Episode", name, x)
         if x.shape[0] != len(self.indices):
             raise ValueError(f"Episode: {name} must have {len(self.indices)} rows, the episode's, got {list(x.shape)}")
-        return float32(x).nan_to_num(0.0, math.inf, -math.inf)
+        x = float32(x).nan_to_num(0.0, math.inf, -math.inf)
+        if not x.isfinite().all():  # on every rank: where one raises alone, the others wait
+            raise ValueError(f"Episode: {name} must not be infinite, got some that are")
+        return x
 
     def _search(self, x: Tensor) -> Clusters:
         return kmeans(x, self.k, seed=int(self.number), **self.search)
