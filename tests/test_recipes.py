@@ -46,6 +46,7 @@ def test_they_read_alike(name):
         "limit: 'int | None' = None) -> 'dict[str, Any]'"
     )
     assert "\nSource: " in module.__doc__ and "FAQ." in module.__doc__
+    assert "run" in module.__all__ and all(hasattr(module, found) for found in module.__all__)
     arxiv = RECIPES[name].citation.rpartition(" ")[2]
     assert arxiv in module.__doc__, "docstring and list cite the same paper"
 

@@ -82,7 +82,7 @@ RECIPES = {
     ),
     "uclip": Entry(
         "uCLIP: Parameter-Efficient Multilingual Extension of Vision-Language Models with Unpaired Data",
-        "AAAI 2026, arXiv 2511.13036",
+        "Chung et al. 2025, arXiv 2511.13036",
         "similarity_mix over banks of millions, and clip_loss",
         "icons, and Django's texts in other languages, without pairs of the two",
     ),

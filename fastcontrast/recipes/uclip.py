@@ -15,8 +15,8 @@ FAQ. Is the batch local? Yes, unless one asks: inside `fastcontrast.distributed.
 the whole batch, with the gradients of one process; the released code's third term loses its gradient on several.
 Which statistics has the BatchNorm of a head? Each call its own; the running ones see both, in the order e, c, f, p.
 
-Source: "uCLIP: Parameter-Efficient Multilingual Extension of Vision-Language Models with Unpaired Data", AAAI 2026,
-arXiv 2511.13036.
+Source: Chung et al. 2025, "uCLIP: Parameter-Efficient Multilingual Extension of Vision-Language Models with Unpaired
+Data", arXiv 2511.13036.
 """
 
 from __future__ import annotations
