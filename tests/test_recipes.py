@@ -29,6 +29,20 @@ def row(name: str) -> str:
     return f"| `fastcontrast train {name}` | {metric} | {values} | {run['seconds']:.0f} s | {picture} |"
 
 
+def costs() -> list[str]:
+    """Lines of the second table: seconds and memory of each objective, ours, over the bare products, and dense."""
+    found: dict[str, dict[str, dict]] = {}
+    for line in json.loads((RESULTS / "recipes.json").read_text())["rows"]:
+        found.setdefault(line["workload"], {})[line["provider"]] = line
+    lines = []
+    for workload, rows in found.items():
+        ours, dense, compiled = (rows.get(name) for name in ("fastcontrast", "dense torch", "dense torch, compiled"))
+        times = [f"{row['seconds']:.3g}" if row else "" for row in (ours, dense, compiled)]
+        memory = [f"{row['peak_extra_bytes'] / 2**20:.0f}" if row else "" for row in (ours, dense)]
+        lines.append("| " + " | ".join([workload, times[0], f"{ours['ratio']:.2f}", *times[1:], *memory]) + " |")
+    return lines
+
+
 def test_the_list_names_them_all(capsys):
     assert cli.main(["recipes"]) == 0
     printed = capsys.readouterr().out
@@ -59,6 +73,12 @@ def test_the_median_recipe_is_short():
 def test_the_table_says_what_the_committed_run_found(name):
     assert row(name) in (ROOT / "docs" / "recipes.md").read_text()
     assert (RESULTS / f"train_{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_of_costs_says_what_the_committed_benchmark_measured():
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    for line in costs():
+        assert line in page
 
 
 @pytest.mark.parametrize("module", COMMANDS)
