@@ -168,7 +168,8 @@ def test_claims_in_prose_are_the_committed_results(results):
     core = [row for row in results.values() if row["op"] == "similarity_lse"]
     small = [bar for row in core for bar in row["bars"] if bar["claim"] == "fastcontrast / dense torch ≤ 1"]
     assert len(small) == 20 and all(bar["met"] for bar in small)
-    missed = {row["workload"] for row in results.values() for bar in row["bars"] if bar["met"] is False}
+    told_here = [row for row in results.values() if row["op"] != "recipes"]  # those are in docs/recipes.md
+    missed = {row["workload"] for row in told_here for bar in row["bars"] if bar["met"] is False}
     assert missed == {"siglip 128", "siglip 256"}
     assert "SigLIP is at 128 and 256" in README
 
