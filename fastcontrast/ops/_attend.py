@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ._dispatch import native, note, select
 from ._frames import Clips
 from ._inference import CODES, last_contiguous, wide
-from ._precision import fast_bf16, without_autocast
+from ._precision import fast_bf16, refuse_second_gradient, without_autocast
 from ._sweep import address
 from ._workspace import empty_like
 
@@ -245,10 +245,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        if torch.is_grad_enabled():
-            raise NotImplementedError(
-                f"{ctx.op}: no gradient of its gradient is implemented; implementation='reference' has one"
-            )
+        refuse_second_gradient(ctx.op, reference=True)
         *tensors, out, lse = ctx.saved_tensors
         clips = Clips(*tensors, ctx.scale)
         if dout is None:

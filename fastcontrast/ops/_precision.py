@@ -42,11 +42,13 @@ def without_autocast(function: F) -> F:
     return wrapped
 
 
-def refuse_second_gradient(op: str) -> None:
-    """In a backward whose own graph is asked for. (`once_differentiable` would return gradients that are cut off, where
-    the upstream one is constant, and a penalty on them would silently count for nothing.)"""
+def refuse_second_gradient(op: str, *, reference: bool = False) -> None:
+    """In a backward whose own graph is asked for; `reference`: the operation has an implementation that gives it.
+    (`once_differentiable` would return gradients that are cut off, where the upstream one is constant, and a penalty on
+    them would silently count for nothing.)"""
     if torch.is_grad_enabled():
-        raise NotImplementedError(f"{op}: no gradient of its gradient is implemented")
+        instead = "; implementation='reference' has one" if reference else ""
+        raise NotImplementedError(f"{op}: no gradient of its gradient is implemented{instead}")
 
 
 def fast_bf16(device: torch.device) -> bool:

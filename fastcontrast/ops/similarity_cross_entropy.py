@@ -22,7 +22,7 @@ from . import _check as check
 from . import _sweep
 from ._dispatch import native, note, select
 from ._formed import formed
-from ._precision import float32, without_autocast
+from ._precision import float32, refuse_second_gradient, without_autocast
 from ._segments import against_positives, positive_sums
 from ._sweep import Factor, Masks, address
 from ._workspace import workspace_bytes
@@ -64,7 +64,7 @@ class _MeanLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        _refuse_second_gradient()
+        refuse_second_gradient("similarity_cross_entropy", reference=True)
         *problem, r, c, r_low, c_low, kept, mixed = ctx.saved_tensors
         m = r.shape[0]
         each = gradient.item() / m
@@ -160,7 +160,7 @@ class _SmallLoss(torch.autograd.Function):
     @staticmethod
     @without_autocast
     def backward(ctx, gradient):
-        _refuse_second_gradient()
+        refuse_second_gradient("similarity_cross_entropy", reference=True)
         queries, keys, scale, positives, *labels, logits, state = ctx.saved_tensors
         target, value = torch.empty_like(logits), scale.item()
         total = native.small_gradient(
@@ -175,13 +175,6 @@ class _SmallLoss(torch.autograd.Function):
         total = total / (2 if ctx.symmetric else 1) / (value * value)
         dscale = torch.full((), total, dtype=scale.dtype) if need_scale else None
         return dq, dk, dscale, None, None, None, None
-
-
-def _refuse_second_gradient() -> None:
-    if torch.is_grad_enabled():
-        raise NotImplementedError(
-            "similarity_cross_entropy: no gradient of its gradient is implemented; implementation='reference' has one"
-        )
 
 
 def similarity_cross_entropy(

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import _check as check
 from ._dispatch import choose, native, register
-from ._formed import formed
+from ._formed import registered
 from ._precision import float32, without_autocast
 from ._workspace import buffer, workspace_bytes
 
@@ -172,41 +172,7 @@ def _project(g: Tensor, unit: Tensor, norm: Tensor, factor: float | Tensor) -> N
     g.addcmul_(unit, inner, value=-1).mul_(factor / norm)
 
 
-# -------------------------------------------------------------------------------------------- torch.library, autograd
-
-_library = torch.library.Library("fastcontrast", "FRAGMENT")
-_library.define(
-    f"{OP}(Tensor hidden, Tensor? valid, float margin, bool mean, SymInt workspace, bool need)"
-    " -> (Tensor loss, Tensor gradient)"
-)
-
-
-def _forward(hidden, valid, margin, mean, workspace, need):
-    loss, gradient = _tiled(hidden, valid, margin, mean, workspace, need)
-    return loss, hidden.new_empty(0, dtype=torch.float32) if gradient is None else gradient
-
-
-def _fake(hidden, valid, margin, mean, workspace, need):
-    return hidden.new_empty((), dtype=torch.float32), hidden.new_empty(hidden.shape if need else 0, dtype=torch.float32)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
-    ctx.dtype = inputs[0].dtype
-
-
-def _backward(ctx, upstream, _):
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{OP}: no gradient of its gradient is implemented; implementation='reference' has one"
-        )
-    (gradient,) = ctx.saved_tensors
-    return (gradient * upstream).to(ctx.dtype), None, None, None, None, None
-
-
-_library.impl(OP, _forward, "CompositeExplicitAutograd")
-torch.library.register_fake(f"fastcontrast::{OP}", _fake, lib=_library)
-torch.library.register_autograd(f"fastcontrast::{OP}", _backward, setup_context=_setup_context, lib=_library)
+_call = registered(OP, "Tensor hidden, Tensor? valid, float margin, bool mean, SymInt workspace", _tiled)
 
 
 # --------------------------------------------------------------------------------------------------------------- public
@@ -257,16 +223,7 @@ def token_contrast_margin(
     margin, mean = float(margin), reduction == "mean"
     if choose(OP, implementation, hidden.device, hidden.dtype) == "reference":
         return _reference(hidden, valid, margin, mean)
-    workspace = workspace_bytes(workspace, hidden.device)
-    if torch.compiler.is_compiling():
-        need = hidden.requires_grad and torch.is_grad_enabled()
-        return torch.ops.fastcontrast.token_contrast_margin(hidden, valid, margin, mean, workspace, need)[0]
-
-    def run(inputs, needs):
-        loss, gradient = _tiled(*inputs, valid, margin, mean, workspace, needs[0])
-        return loss, (gradient,)
-
-    return formed(run, hidden, op=OP)
+    return _call(hidden, valid, margin, mean, workspace_bytes(workspace, hidden.device))
 
 
 def _checked(hidden: Any, lengths: Any, valid: Any) -> Tensor | None:

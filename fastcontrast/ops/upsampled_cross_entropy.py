@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from . import _check as check
 from ._dispatch import choose, register
-from ._formed import formed
+from ._formed import registered
 from ._precision import float32, without_autocast
 from ._workspace import workspace_bytes
 
@@ -136,39 +136,7 @@ def _sigmoid_tile(logits: Tensor, target: Tensor, seen: Tensor, need: bool) -> t
     return loss, logits.sigmoid_().sub_(target).mul_(seen) if need else None
 
 
-# -------------------------------------------------------------------------------------------- torch.library, autograd
-
-_library = torch.library.Library("fastcontrast", "FRAGMENT")
-_library.define(
-    f"{OP}(Tensor scores, Tensor target, Tensor? mask, int ignore_index, SymInt workspace, bool need)"
-    " -> (Tensor loss, Tensor gradient)"
-)
-
-
-def _forward(scores, target, mask, ignore_index, workspace, need):
-    loss, gradient = _tiled(scores, target, mask, ignore_index, workspace, need)
-    return loss, scores.new_empty(0) if gradient is None else gradient
-
-
-def _fake(scores, target, mask, ignore_index, workspace, need):
-    return scores.new_empty(()), scores.new_empty(scores.shape if need else 0)
-
-
-def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(output[1])
-
-
-def _backward(ctx, upstream, _):
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise NotImplementedError(
-            f"{OP}: no gradient of its gradient is implemented; implementation='reference' has one"
-        )
-    return ctx.saved_tensors[0] * upstream, None, None, None, None, None
-
-
-_library.impl(OP, _forward, "CompositeExplicitAutograd")
-torch.library.register_fake(f"fastcontrast::{OP}", _fake, lib=_library)
-torch.library.register_autograd(f"fastcontrast::{OP}", _backward, setup_context=_setup_context, lib=_library)
+_call = registered(OP, "Tensor scores, Tensor target, Tensor? mask, int ignore_index, SymInt workspace", _tiled)
 
 
 def _sum(op: str, scores, target, mask, scale, ignore_index, workspace, implementation) -> Tensor:
@@ -177,16 +145,7 @@ def _sum(op: str, scores, target, mask, scale, ignore_index, workspace, implemen
     scaled = scale * float32(scores)  # small, so that this product and its gradients may be autograd's
     if choose(OP, implementation, scores.device, scores.dtype) == "reference":
         return _reference(scaled, target, mask, ignore_index)
-    workspace = workspace_bytes(workspace, scores.device)
-    if torch.compiler.is_compiling():
-        need = scaled.requires_grad and torch.is_grad_enabled()
-        return torch.ops.fastcontrast.upsampled_cross_entropy(scaled, target, mask, ignore_index, workspace, need)[0]
-
-    def run(inputs, needs):
-        loss, gradient = _tiled(*inputs, target, mask, ignore_index, workspace, needs[0])
-        return loss, (gradient,)
-
-    return formed(run, scaled, op=op)
+    return _call(scaled, target, mask, ignore_index, workspace_bytes(workspace, scores.device), name=op)
 
 
 # --------------------------------------------------------------------------------------------------------------- public

@@ -32,7 +32,7 @@ from fastcontrast.ops import _check as check
 from fastcontrast.ops import upsampled_binary_cross_entropy, upsampled_cross_entropy
 
 from ._parts.denseclip_boxes import box_targets
-from ._parts.denseclip_model import AttentionPool, PostModelPrompt, PreModelPrompt, score_maps
+from ._parts.denseclip_model import AttentionPool, PostModelPrompt, PreModelPrompt, PromptedText, cut, score_maps
 from ._parts.denseclip_pages import IGNORED, Classes, draw, mean_iou
 from ._parts.denseclip_start import Segmenter, pretrained
 from ._shared.report import Report, train
@@ -41,7 +41,9 @@ __all__ = [
     "AttentionPool",
     "PostModelPrompt",
     "PreModelPrompt",
+    "PromptedText",
     "box_targets",
+    "cut",
     "detection_loss",
     "run",
     "score_maps",
