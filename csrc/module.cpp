@@ -10,12 +10,14 @@
 #include "cpu/linear_kl.h"
 #include "cpu/llama_layer.h"
 #include "cpu/max_cosine.h"
+#include "cpu/maxsim.h"
 #include "cpu/sibling_attention.h"
 #include "cpu/similarity_cross_entropy.h"
 #include "cpu/similarity_lse.h"
 #include "cpu/similarity_softplus.h"
 #include "cpu/similarity_topk.h"
 #include "cpu/temporal_attention.h"
+#include "cpu/triplet_distances.h"
 #include "cpu/two_logit_mix.h"
 
 namespace py = pybind11;
@@ -34,6 +36,26 @@ Cosines cosines(Address candidates, Address context, Address valid, int64_t b, i
                 int64_t candidate_batch, int64_t candidate_row, int64_t context_batch, int64_t context_row, int kind) {
     return {at<void>(candidates), at<void>(context), at<bool>(valid),        b, k, t, d, candidate_batch, candidate_row,
             context_batch,        context_row,       static_cast<Kind>(kind)};
+}
+
+Triplets triplets(Address target, Address positive, Address negative, const std::array<int64_t, 5>& sizes, int kind) {
+    return {at<void>(target), at<void>(positive), at<void>(negative),     sizes[0], sizes[1], sizes[2],
+            sizes[3],         sizes[4],           static_cast<Kind>(kind)};
+}
+
+// The gradient of maxsim to one side, from the tokens of the other.
+void def_maxsim_gradient(py::module_& m, const char* name, decltype(maxsim_queries)* side) {
+    m.def(
+        name,
+        [side](Address winners, bool wide, Address gradient, Address tokens, Address out,
+               const std::array<int64_t, 5>& sizes, const std::array<int64_t, 2>& strides, int kind, int threads) {
+            py::gil_scoped_release release;
+            const auto [b, tq, c, td, d] = sizes;
+            side({{at<void>(winners), b * tq, wide}, at<float>(gradient), b, tq, c, td, d},
+                 {at<void>(tokens), strides[0], strides[1], static_cast<Kind>(kind)}, at<float>(out), threads);
+        },
+        py::arg("winners"), py::arg("wide"), py::arg("gradient"), py::arg("tokens"), py::arg("out"), py::arg("sizes"),
+        py::arg("strides"), py::arg("kind"), py::arg("threads"));
 }
 
 // Address and five strides of each of N tensors.
@@ -237,6 +259,39 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         py::arg("candidates"), py::arg("context"), py::arg("valid"), py::arg("values"), py::arg("indices"),
         py::arg("b"), py::arg("k"), py::arg("t"), py::arg("d"), py::arg("candidate_batch"), py::arg("candidate_row"),
         py::arg("context_batch"), py::arg("context_row"), py::arg("kind"), py::arg("threads"));
+    m.def(
+        "maxsim_fold",
+        [](Address scores, Address query_mask, Address document_mask, Address sums, Address winners,
+           const std::array<int64_t, 4>& sizes, const std::array<int64_t, 2>& strides, bool zero, bool wide,
+           int threads) {
+            py::gil_scoped_release release;
+            maxsim_fold({at<float>(scores), sizes[0], sizes[1], sizes[2], sizes[3], at<bool>(query_mask),
+                         at<bool>(document_mask), zero},
+                        at<float>(sums), strides[0], {at<void>(winners), strides[1], wide}, threads);
+        },
+        py::arg("scores"), py::arg("query_mask"), py::arg("document_mask"), py::arg("sums"), py::arg("winners"),
+        py::arg("sizes"), py::arg("strides"), py::arg("zero"), py::arg("wide"), py::arg("threads"));
+    def_maxsim_gradient(m, "maxsim_queries", &maxsim_queries);
+    def_maxsim_gradient(m, "maxsim_documents", &maxsim_documents);
+    m.def(
+        "triplet_distances",
+        [](Address target, Address positive, Address negative, Address distances, const std::array<int64_t, 5>& sizes,
+           int kind, int threads) {
+            py::gil_scoped_release release;
+            triplet_distances(triplets(target, positive, negative, sizes, kind), at<float>(distances), threads);
+        },
+        py::arg("target"), py::arg("positive"), py::arg("negative"), py::arg("distances"), py::arg("sizes"),
+        py::arg("kind"), py::arg("threads"));
+    m.def(
+        "triplet_distances_backward",
+        [](Address target, Address positive, Address negative, Address gradients, Address dtarget, Address dpositive,
+           Address dnegative, const std::array<int64_t, 5>& sizes, int kind, int threads) {
+            py::gil_scoped_release release;
+            triplet_distances_backward(triplets(target, positive, negative, sizes, kind), at<float>(gradients),
+                                       at<void>(dtarget), at<void>(dpositive), at<void>(dnegative), threads);
+        },
+        py::arg("target"), py::arg("positive"), py::arg("negative"), py::arg("gradients"), py::arg("dtarget"),
+        py::arg("dpositive"), py::arg("dnegative"), py::arg("sizes"), py::arg("kind"), py::arg("threads"));
     m.def(
         "contrastive_candidates",
         [](Address logits, Address probabilities, Address tokens, int64_t rows, int64_t vocabulary, int64_t k,

@@ -20,7 +20,7 @@ import random
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,14 +181,19 @@ def cache_folder() -> Path:
 
 
 def save_features(features: Tensor, path: Path) -> None:
-    """Written beside, then renamed: a reader never sees half a file."""
+    """As the tensor `features` of a safetensors file."""
     from safetensors.torch import save_file
 
+    write_whole(path, lambda part: save_file({"features": features}, part))
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` writes beside, then it is renamed: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, suffix=".part")
     os.close(handle)
     try:
-        save_file({"features": features}, name)
+        write(Path(name))
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)

@@ -245,6 +245,16 @@ def factor_of(extents, UNIT: tl.constexpr, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def rounded(x, p, TO_NEAREST: tl.constexpr):
+    """As the pointer's numbers. TO_NEAREST: the interpreter cuts bfloat16 off."""
+    if TO_NEAREST:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = tl.where(x == x, bits + 0x7FFF + ((bits >> 16) & 1), bits) & -65536
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(p.dtype.element_ty)
+
+
+@triton.jit
 def store_tile(tile, target, target_stride, i, j, m_i, m_j, start):
     """A tile of G into its chunk."""
     i0 = tl.min(i, 0)

@@ -62,8 +62,8 @@ def main(folder: str, *options: str) -> int:
     assert _dispatch.native is core, "the normal core was imported first"
     # A buffer used again may be longer than what was asked for, and hide a write behind its end.
     _workspace._pool._give_back = lambda block: None
-    kinds = ("similarity_*", "linear_*", "max_cosine", "contrastive_select", "two_logit_mix", "few_rows", "siblings",
-             "llama_layer", "frame_attention", "temporal_attention")  # fmt: skip
+    kinds = ("similarity_*", "linear_*", "max_cosine", "maxsim", "contrastive_select", "two_logit_mix", "few_rows",
+             "siblings", "llama_layer", "frame_attention", "temporal_attention", "triplet_distances")  # fmt: skip
     files = sorted(str(path) for kind in kinds for path in TESTS.glob(f"test_{kind}.py"))
     status = pytest.main([*files, "-k", LEFT_OUT, "-p", "no:cacheprovider", *options])
     offered = {name for name in dir(core._module) if callable(getattr(core._module, name)) and name[0] != "_"}

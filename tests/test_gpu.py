@@ -573,3 +573,140 @@ def test_cosine_offsets_beyond_32_bits(implementation):
     context[0, -1, 0] = 1.0
     values, indices = ops.max_cosine(context[:, -1:], context, implementation=implementation)
     assert (values.item(), indices.item()) == (1.0, rows - 1)
+
+
+# ------------------------------------------------------------------------------------- late interaction, triplets
+
+
+def interaction(b: int, tq: int, c: int, td: int, d: int, dtype=torch.float32) -> tuple[torch.Tensor, ...]:
+    """Tokens and masks: holes in queries, padding of documents, of which one has nothing real."""
+    lengths = torch.tensor([td, 0, 1, td // 2 + 1], device="cuda").repeat(c)[:c, None]
+    tokens = normal(b, tq, d, dtype=dtype, seed=1), normal(c, td, d, dtype=dtype, seed=2)
+    return *tokens, normal(b, tq, seed=3) > -0.5, torch.arange(td, device="cuda") < lengths
+
+
+def interact(queries, documents, query_mask, document_mask, **options) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in (queries, documents)]
+    scores = ops.maxsim(*leaves, query_mask=query_mask, document_mask=document_mask, **options)
+    upstream = torch.linspace(-1.0, 2.0, scores.numel(), device=scores.device, dtype=scores.dtype).view(scores.shape)
+    return [scores.detach(), *torch.autograd.grad(scores, leaves, upstream)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", ["neg_inf", "zero"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 8), (3, 33, 5, 70, 65), (7, 32, 9, 180, 128), (2, 180, 3, 257, 96)])
+def test_small_maxsim(shape, masked, dtype):
+    *tokens, query_mask, document_mask = interaction(*shape, dtype=dtype)
+    for masks in ((None, None), (query_mask, document_mask)):
+        actual = interact(*tokens, *masks, masked=masked, implementation="triton")
+        exact = interact(*(x.double() for x in tokens), *masks, masked=masked)
+        for x, y, limit in zip(actual, exact, (1e-5, *(1e-5 if dtype == torch.float32 else 1e-2,) * 2), strict=True):
+            assert relative_error(x, y) < limit
+
+
+def test_maxsim_at_the_edges():
+    queries, documents, _, _ = interaction(2, 40, 3, 300, 64)
+    documents[0, 17] = documents[0, 200] = documents[0, 70] = 10 * queries[1, 5]  # the first of equals
+    documents[1, 130, 3] = documents[1, 131, 0] = math.nan
+    scores, _, dd = interact(queries, documents, None, None, implementation="triton")
+    assert scores[:, 1].isnan().all() and scores[:, [0, 2]].isfinite().all()
+    assert dd[1].any(1).nonzero().flatten().tolist() == [130]
+    assert dd[0, 17].any() and not dd[0, [70, 200]].any()
+    long = interaction(1, 2, 2, 40_000, 16)  # winners of four bytes
+    exact = interact(*(x.double() for x in long[:2]), *long[2:])
+    for x, y in zip(interact(*long, implementation="triton"), exact, strict=True):
+        assert relative_error(x, y) < 1e-5
+
+
+def triplets(*inputs, **options) -> list[torch.Tensor]:
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    near, far = ops.triplet_distances(*leaves, **options)
+    return [near.detach(), far.detach(), *torch.autograd.grad((near - 2 * far).sum(), leaves)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1025), (5, 4, 63, 65), (64, 4, 64, 64)], ids=str)
+def test_small_triplet_distances(shape, dtype):
+    inputs = [normal(*shape, dtype=dtype, seed=i) for i in range(3)]
+    layouts = [inputs]
+    if len(shape) == 4:
+        layouts.append([x.contiguous(memory_format=torch.channels_last) for x in inputs])
+    exact = triplets(*(x.double() for x in inputs))
+    for layout in layouts:
+        actual = triplets(*layout, implementation="triton")
+        limits = (*(1e-6,) * 2, *(1e-6 if dtype == torch.float32 else 1e-2,) * 3)
+        for x, y, limit in zip(actual, exact, limits, strict=True):
+            assert relative_error(x, y) < limit
+
+
+def test_triplet_offsets_beyond_32_bits():
+    """A sample of more than 2³¹ numbers, whose last differs."""
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of device memory")
+    target = torch.zeros(1, (1 << 31) + 1000, dtype=torch.bfloat16, device="cuda")
+    positive = target.clone()
+    positive[0, -1] = 256.0
+    near, far = ops.triplet_distances(target, positive, target, implementation="triton")
+    assert relative_error(near, torch.full_like(near, 65536 / target.numel())) < 1e-6 and far.item() == 0
+
+
+RUNS = {
+    "maxsim": (
+        lambda *x: interact(*x, masked="zero", implementation="triton"),
+        lambda: interaction(7, 32, 9, 180, 128),
+    ),
+    "triplet": (
+        lambda *x: triplets(*x, implementation="triton"),
+        lambda: tuple(normal(8, 4, 63, 65, seed=i) for i in range(3)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_interactions_have_the_same_bits_on_every_run_and_stream_and_wait_for_nothing(name):
+    run, problem = RUNS[name][0], RUNS[name][1]()
+    first = run(*problem)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = run(*problem)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        third = run(*problem)
+        torch.cuda.current_stream().synchronize()
+    assert_same_bits(first, second)
+    assert_same_bits(first, third)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_interactions_in_a_graph_replay_on_new_inputs(name):
+    run, problem = RUNS[name][0], RUNS[name][1]()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(*problem)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(*problem)
+    for x in problem:
+        x.copy_(x.roll(1, 0))
+    graph.replay()
+    assert_same_bits(captured, run(*problem))
+
+
+def test_interactions_compiled_into_one_graph():
+    torch._dynamo.reset()
+    for run, problem in (
+        (ops.maxsim, interaction(7, 32, 9, 180, 128)[:2]),
+        (ops.triplet_distances, RUNS["triplet"][1]()),
+    ):
+        results = []
+        for function in (torch.compile(run, fullgraph=True), run):
+            leaves = [x.clone().requires_grad_() for x in problem]
+            value = function(*leaves)
+            total = sum(x.square().sum() for x in value) if isinstance(value, tuple) else value.square().sum()
+            results.append(torch.autograd.grad(total, leaves))
+        for x, y in zip(*results, strict=True):
+            assert relative_error(x, y) < 1e-6

@@ -16,6 +16,11 @@ ROOT = Path(__file__).parents[1]
 FOLDER = Path(recipes.__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"
 COMMANDS = ("__init__", "_list", "_train")
+# Recipes whose full run is not committed yet: docs/recipes.md names them. A run that is there must leave this list.
+NOT_RUN = {
+    "multicsr", "saha", "unime", "space2", "coconut", "ccp", "superedit", "mend", "pcp", "primer", "text_embeddings",
+    "simctg", "adacad", "salt", "phf", "climb", "pints",
+}  # fmt: skip
 
 
 def row(name: str) -> str:
@@ -71,7 +76,11 @@ def test_the_median_recipe_is_short():
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_table_says_what_the_committed_run_found(name):
-    assert row(name) in (ROOT / "docs" / "recipes.md").read_text()
+    page = (ROOT / "docs" / "recipes.md").read_text()
+    if name in NOT_RUN:
+        assert not (RESULTS / f"train_{name}.json").exists() and f"`{name}`" in page.split("Not measured yet:")[1]
+        return
+    assert row(name) in page
     assert (RESULTS / f"train_{name}.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -13,8 +13,14 @@ from fastcontrast.ops import _segments
 from fastcontrast.ops._formed import formed
 from fastcontrast.ops._precision import float32, refuse_second_gradient, without_autocast
 
-from ._collectives import all_rows, mean_gradient, world_size
+from ._collectives import all_rows, gather, mean_gradient, world_size
 from ._exchange import Sum, active, visit
+
+
+def gathered(x: Tensor) -> Tensor:  # [n, ...]
+    """The rows of all ranks inside `exchange`, with their gradient; outside it x itself."""
+    how = active()
+    return x if how is None else gather(x, how.group)
 
 
 class _AllReduce(torch.autograd.Function):

@@ -8,6 +8,7 @@ from .linear_cross_entropy import linear_cross_entropy
 from .linear_kl import linear_kl
 from .linear_logprob import linear_logprob
 from .max_cosine import max_cosine
+from .maxsim import maxsim
 from .pairwise_reduce import pairwise_reduce
 from .similarity_cross_entropy import similarity_cross_entropy
 from .similarity_lse import similarity_lse
@@ -16,6 +17,7 @@ from .similarity_softplus import similarity_softplus
 from .similarity_topk import similarity_topk
 from .temporal_attention import temporal_attention
 from .token_contrast_margin import token_contrast_margin
+from .triplet_distances import triplet_distances
 from .two_logit_mix import two_logit_mix
 from .upsampled_cross_entropy import upsampled_binary_cross_entropy, upsampled_cross_entropy
 
@@ -29,6 +31,7 @@ __all__ = [
     "linear_kl",
     "linear_logprob",
     "max_cosine",
+    "maxsim",
     "operations",
     "pairwise_reduce",
     "set_workspace",
@@ -40,6 +43,7 @@ __all__ = [
     "temporal_attention",
     "token_contrast_margin",
     "trace",
+    "triplet_distances",
     "two_logit_mix",
     "upsampled_binary_cross_entropy",
     "upsampled_cross_entropy",

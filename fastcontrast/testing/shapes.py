@@ -105,3 +105,26 @@ def video(name: str) -> Clips:
         if shape.name == name:
             return shape
     raise ValueError(f"no clips are named {name!r}")
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """`b` queries of `tq` tokens against `c` documents of `td` tokens, of width `d`."""
+
+    name: str
+    b: int
+    tq: int
+    c: int
+    td: int
+    d: int
+
+
+# ColBERT's 32 query tokens and 180 document tokens: a batch in training, documents among themselves, and a search.
+COLBERT = (
+    Interaction("colbert", 32, 32, 32, 180, 128),
+    Interaction("documents", 32, 180, 32, 180, 128),
+    Interaction("search", 32, 32, 1000, 180, 128),
+)
+
+# Latents of a diffusion model at 512 × 512: the noise and two predictions of it.
+LATENTS = (64, 4, 64, 64)

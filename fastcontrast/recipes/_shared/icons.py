@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastcontrast import data
-from fastcontrast.data import Pairs, cache_folder
+from fastcontrast.data import Pairs, cache_folder, write_whole
 from fastcontrast.demo import training
 from fastcontrast.demo.recall import evaluate
 from fastcontrast.minilm import minilm_features
@@ -66,10 +66,7 @@ class Icons:
         model, settings = self.towers(seed), training.RECIPES["icons"]
         options = {"batch": START_BATCH, "steps": START_STEPS, "seed": seed}
         training.train(model, self.glyphs, self.texts, self.pairs, settings, **options)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{torch.randint(1 << 60, ()).item():x}.part")
-        model.save(part)
-        part.replace(path)  # a reader never sees half a file
+        write_whole(path, model.save)
         return model
 
     def recall(self, model: TwoTowers, texts: Tensor | None = None) -> dict[str, float]:

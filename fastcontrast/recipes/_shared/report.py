@@ -73,14 +73,18 @@ class Report:
         found.implementations = {choice.op: choice.implementation for choice in ran}
         self.models[label] = found
 
-    def close(self, weights: nn.Module, draw: Callable[[SubFigure], None] | None = None, **more: Any) -> dict[str, Any]:
+    def close(
+        self, weights: nn.Module | None, draw: Callable[[SubFigure], None] | None = None, **more: Any
+    ) -> dict[str, Any]:
         """Prints the table and writes the files: weights, the results as JSON, and a picture of losses and metrics;
-        `draw` adds to it what there is to see. Returns the results."""
-        from safetensors.torch import save_model
-
+        `draw` adds to it what there is to see. Returns the results. A system that only decodes has no weights."""
         self._print()
-        paths = {kind: self.folder / f"{self.name}.{kind}" for kind in ("safetensors", "png", "json")}
-        save_model(weights, str(paths["safetensors"]), metadata={"fastcontrast": json.dumps(self.settings)})
+        kinds = ("png", "json") if weights is None else ("safetensors", "png", "json")
+        paths = {kind: self.folder / f"{self.name}.{kind}" for kind in kinds}
+        if weights is not None:
+            from safetensors.torch import save_model
+
+            save_model(weights, str(paths["safetensors"]), metadata={"fastcontrast": json.dumps(self.settings)})
         self._draw(paths["png"], draw)
         results = {
             "recipe": self.name, **self.settings, **more,
@@ -106,16 +110,20 @@ class Report:
     def _draw(self, path: Path, draw: Callable[[SubFigure], None] | None) -> None:
         with figure(path, figsize=(12 if draw else 8, 4.6), dpi=130, layout="constrained") as whole:
             left, right = whole.subfigures(1, 2, width_ratios=(1, 2)) if draw else (whole, None)
-            top, bottom = left.subplots(2, 1) if draw else left.subplots(1, 2)
+            trained = any(found.losses for found in self.models.values())
+            panels = left.subplots(*((2, 1) if draw else (1, 2)) if trained else (1, 1), squeeze=False).flat
+            top, bottom = panels[0] if trained else None, panels[-1]
             headline = next(iter(next(iter(self.models.values())).metrics))
             for (label, found), colour in zip(self.models.items(), COLOURS, strict=False):
-                top.plot(range(1, len(found.losses) + 1), found.losses, color=colour, label=label, linewidth=1)
+                if top:
+                    top.plot(range(1, len(found.losses) + 1), found.losses, color=colour, label=label, linewidth=1)
                 value = found.metrics.get(headline, math.nan)
                 bar = bottom.barh(label, value, color=colour)
                 bottom.bar_label(bar, [f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"], padding=3, fontsize=8)
-            top.set_xlabel("step")
-            top.legend(frameon=False, fontsize=8)
-            plain(top, "training loss")
+            if top:
+                top.set_xlabel("step")
+                top.legend(frameon=False, fontsize=8)
+                plain(top, "training loss")
             bottom.invert_yaxis()
             bottom.margins(x=0.15)
             plain(bottom, headline, grid="x")
@@ -127,18 +135,21 @@ def train(
     label: str,
     steps: int,
     parameters: nn.Module | Iterable[Tensor] | Iterable[dict[str, Any]],
-    step: Callable[[int], Tensor],
+    step: Callable[[int], Tensor | Iterable[Tensor]],
     *,
     rate: float,
     decay: float = 0.0,
     betas: tuple[float, float] = (0.9, 0.98),
     clip: float | None = None,
+    schedule: Callable[[int], float] | None = None,
     after: Callable[[int], None] | None = None,
 ) -> list[float]:
     """`steps` times: loss = step(i), its backward, AdamW, then after(i) (clamps, EMA, gates). Returns the losses.
 
-    The rate rises over the first steps and falls as a half cosine; vectors and scalars do not decay; `clip` bounds the
-    norm of the gradient. `parameters` may be in groups as optimisers take them, {"params": ..., "lr": ...}. Raises
+    A step that yields several losses, whose sum counts, has the backward of each before it makes the next: it
+    accumulates gradients in the memory of one. `schedule` gives the share of the rate at step i; by default it rises
+    over the first steps and falls as a half cosine. Vectors and scalars do not decay; `clip` bounds the norm of the
+    gradient. `parameters` may be in groups as optimisers take them, {"params": ..., "lr": ...}. Raises
     FloatingPointError at a loss that is not finite.
     """
     from tqdm import tqdm
@@ -151,20 +162,23 @@ def train(
             some = [p for p in learned if (p.ndim > 1) == matrix]
             groups.append({**group, "params": some, "weight_decay": decay * matrix})
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=betas)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: warm_up_then_cosine(i, steps))
+    share = schedule or (lambda i: warm_up_then_cosine(i, steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     losses: list[float] = []
     with tqdm(range(steps), desc=f"training {label}", unit="step") as bar:
         for i in bar:
-            loss = step(i)
             optimizer.zero_grad()
-            loss.backward()
+            parts, total = step(i), 0.0
+            for loss in (parts,) if isinstance(parts, Tensor) else parts:
+                loss.backward()
+                total += loss.item()
             if clip is not None:
                 nn.utils.clip_grad_norm_((p for group in groups for p in group["params"]), clip)
             optimizer.step()
-            schedule.step()
+            scheduler.step()
             if after is not None:
                 after(i)
-            losses.append(loss.item())
+            losses.append(total)
             if not math.isfinite(losses[-1]):
                 raise FloatingPointError(f"{label}: the loss of step {i + 1} is {losses[-1]}")
             bar.set_postfix(loss=f"{losses[-1]:.3f}")

@@ -1,0 +1,86 @@
+"""SaHa: clusters of 16,384 queries, 1,536 wide, each of 90 candidates; and the loss of a batch of 2,048.
+
+The dense form of the sampler retrieves for all queries at once, from the whole matrix, and then does the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastcontrast.recipes._parts.saha_clusters import Sampler
+from fastcontrast.recipes.saha import saha_clusters, saha_loss
+
+from .._harness import OURS, Bar, Workload
+from . import against_dense
+
+HARD, MULTIPLIER = 15, 3
+SCALE = 50.0
+
+
+def vectors(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Of small integers, whose products are exact in float32: no rounding decides which of two comes first."""
+    generator = torch.Generator().manual_seed(0)
+    queries, noise = (torch.randint(-150, 151, shape, generator=generator).float() for _ in range(2))
+    return queries, queries + noise
+
+
+def numbered(clusters: tuple[list[list[int]], list[list[int]]], count: int) -> Tensor:
+    """The number of the last cluster that each row is in, −1 without one."""
+    found = torch.full((count,), -1.0)
+    for number, cluster in enumerate(clusters[0] + clusters[1]):
+        found[cluster] = float(number)
+    return found
+
+
+def ours(queries: Tensor, candidates: Tensor) -> Tensor:
+    rows = torch.arange(len(queries))
+    return numbered(saha_clusters(queries, candidates, rows, rows, HARD, MULTIPLIER), len(queries))
+
+
+class AllAtOnce(Sampler):
+    def retrieve(self, rows: Iterable[int], done: set[int]) -> Iterator[tuple[int, list[int]]]:
+        best = (self.queries @ self.candidates.T).topk(self.pool)[1].tolist()
+        for row in rows:
+            if self.query_of[row] not in done:
+                yield row, best[self.query_of[row]]
+
+
+def dense(queries: Tensor, candidates: Tensor) -> Tensor:
+    rows = [*range(len(queries))]
+    return numbered(AllAtOnce(queries, candidates, rows, rows, HARD, MULTIPLIER).clusters(), len(queries))
+
+
+def pairs(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    queries, noise = (torch.randn(shape, generator=generator) for _ in range(2))
+    return tuple(F.normalize(x, dim=1).requires_grad_() for x in (queries, queries + 2 * noise))
+
+
+def dense_loss(queries: Tensor, candidates: Tensor) -> Tensor:
+    return F.cross_entropy(SCALE * queries @ candidates.T, torch.arange(len(queries)))
+
+
+def workloads(quick: bool) -> list[Workload]:
+    rows, batch, width = (600, 256, 64) if quick else (16_384, 2048, 1536)
+    mined = (
+        Bar("dense torch", OURS, at_least=2.0),
+        Bar("dense torch", OURS, at_least=10.0, what="peak_extra_bytes"),
+    )
+    return [
+        against_dense(
+            f"saha clusters {rows} × {width}", (rows, width), (200, 32), vectors, ours, dense,
+            # as many queries retrieve, at least, as there are clusters of a query and 15 others
+            products=[(rows // (HARD + 1), rows, width, 1)], bars=() if quick else mined, needs=3 * 4 * rows * rows,
+            compile=False,
+        ),
+        against_dense(
+            f"saha loss {batch} × {width}", (batch, width), (64, 32), pairs, saha_loss, dense_loss,
+            products=[(batch, batch, width, 3)], compile=not quick,
+            # Three products of this width are nearly all of the time, dense or not, and 16 MiB of logits are little.
+            bars=() if quick else (Bar(OURS, "products", at_most=1.3), Bar("dense torch", OURS, at_least=1.0)),
+        ),
+    ]  # fmt: skip
