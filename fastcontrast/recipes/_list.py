@@ -15,6 +15,6 @@ def main(args: argparse.Namespace) -> int:
     """Prints the table; no recipe is imported for it."""
     for name, entry in RECIPES.items():
         lines = entry.title, entry.citation, f"stands on {entry.primitive}", f"trains on {entry.data}"
-        print(f"{name:14s}" + f"\n{'':14s}".join(lines))
+        print(f"{name:17s}" + f"\n{'':17s}".join(lines))
     print("\n`fastcontrast train NAME` runs one.")
     return 0
