@@ -93,7 +93,8 @@ def run(
 ) -> dict[str, Any]:
     """Which of ten modules a docstring's sentence comes from, sixteen labelled sentences each. The start: two layers of
     MiniLM, and a head that learned to fill in words on all docstrings. From it prompt-based fine-tuning alone; after
-    continued pretraining on the texts as they are; and PCP, `steps` as long, on texts with what the first one says.
+    continued pretraining on the texts as they are; and PCP, `steps` as long, on texts with what the first one says. At
+    this size, where four of ten pseudo labels are right, PCP is not ahead of continued pretraining on texts alone.
     """
     steps = STEPS if steps is None else steps
     report = Report("pcp", output, steps=steps, seed=seed, limit=limit, batch=BATCH, shots=SHOTS)
