@@ -157,7 +157,7 @@ def run(
 ) -> dict[str, Any]:
     """Twelve packages in four tasks, to be told from sentences of their docstrings that are spoken: by espeak-ng where
     it is installed, else as sounds of their letters. From the same start and with the same memory: experience replay,
-    COCONUT that also learns what its teacher writes, and COCONUT.
+    COCONUT that also learns what its teacher writes, and COCONUT. All forget most of their first task.
     """
     steps = STEPS if steps is None else steps
     speech = Speech(CLASSES, EACH, limit, seed)

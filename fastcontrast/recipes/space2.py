@@ -137,7 +137,8 @@ def run(
     """Docstrings of functions, a thousand of them with their trees: package, first verb, parameters, defaults. From the
     same start and with the same batches: dropout alone; hard labels, where equal package and verb are positives; and
     SPACE-2. Then the nearest of the labelled ones tell verb and package of others, from the encoder's features. The
-    encoder is one layer, which moves little into a leading token: h is the mean of all states.
+    encoder is one layer, which moves little into a leading token: h is the mean of all states. Labels help with verbs;
+    that soft ones beat hard ones is less than what a thousand questions can tell, and packages are told no better.
     """
     steps = STEPS if steps is None else steps
     report = Report("space2", output, steps=steps, seed=seed, limit=limit, batch=BATCH)
