@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -20,4 +21,6 @@ def import_time(quick: bool, reps: int | None) -> list[Row]:
 
 def _seconds() -> float:
     command = [sys.executable, "-c", CODE]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    # An environment may forbid to keep bytecode: then each process would compile our files, and torch's not.
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    return float(subprocess.run(command, env=kept, capture_output=True, text=True, check=True).stdout)

@@ -20,7 +20,7 @@ import random
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,24 +85,35 @@ def icons(unseen: int = 1000, seed: int = 0, limit: int | None = None, progress:
 
     Raises MissingDataError without the package qtawesome, whose fonts are read without importing it.
     """
+    folder = package_folder("qtawesome") / "fonts"
+    tables = {font: _first_names(json.loads((folder / table).read_text())) for font, (_, table) in FONTS.items()}
+    named = [((font, code), plain_name(name)) for font, table in tables.items() for code, name in table.items()]
+    glyphs = draw_glyphs([symbol for symbol, _ in named], progress)
+    inked = glyphs.flatten(1).any(1).nonzero()[:, 0]
+    pick = inked[_spread(len(inked), limit)]
+    return _pairs("icons", glyphs[pick], [named[i][1] for i in pick.tolist()], unseen, seed)
+
+
+def draw_glyphs(symbols: Sequence[tuple[str, int]], progress: bool = True) -> Tensor:
+    """Glyphs uint8 [N, 32, 32] of pairs of a font in `FONTS` and a code point, white (255) on black (0).
+
+    Raises MissingDataError without the package qtawesome.
+    """
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
     folder = package_folder("qtawesome") / "fonts"
-    glyphs, names = [], []
-    for font_file, table_file in _bar(FONTS.values(), "drawing icons", "font", progress):
-        # FreeType's own layout: one code point needs no shaping, and the drawing must not depend on an optional library
-        font = ImageFont.truetype(str(folder / font_file), POINTS, layout_engine=ImageFont.Layout.BASIC)
-        for code, name in _first_names(json.loads((folder / table_file).read_text())).items():
-            image = Image.new("L", (SIDE, SIDE))
-            ImageDraw.Draw(image).text((SIDE // 2, SIDE // 2), chr(code), font=font, fill=255, anchor="mm")
-            if image.getbbox() is not None:
-                glyphs.append(np.asarray(image))
-                names.append(plain_name(name))
-    pick = _spread(len(glyphs), limit)
-    return _pairs(
-        "icons", torch.from_numpy(np.stack([glyphs[i] for i in pick])), [names[i] for i in pick], unseen, seed
-    )
+    # FreeType's own layout: one code point needs no shaping, and the drawing must not depend on an optional library
+    fonts = {
+        font: ImageFont.truetype(str(folder / file), POINTS, layout_engine=ImageFont.Layout.BASIC)
+        for font, (file, _) in FONTS.items()
+    }
+    glyphs = np.zeros((len(symbols), SIDE, SIDE), np.uint8)
+    for glyph, (font, code) in zip(glyphs, _bar(symbols, "drawing icons", "icon", progress), strict=True):
+        image = Image.new("L", (SIDE, SIDE))
+        ImageDraw.Draw(image).text((SIDE // 2, SIDE // 2), chr(code), font=fonts[font], fill=255, anchor="mm")
+        glyph[:] = image
+    return torch.from_numpy(glyphs)
 
 
 def wordnet(

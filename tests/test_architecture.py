@@ -3,6 +3,7 @@ its files."""
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,10 +121,7 @@ FORBIDDEN = {
     "diffusers", "av",
 }  # fmt: skip
 
-# A full collection of torch's objects takes as long as half of our import, and falls on whoever allocates next: it is
-# not what we add, and is left out of both sides.
 IMPORT = """
-import gc; gc.disable()
 import json, sys, time
 begin = time.process_time()
 import torch
@@ -142,10 +140,13 @@ print(json.dumps({"seconds": seconds, "modules": sorted(set(sys.modules) - befor
 
 @pytest.fixture(scope="module")
 def fresh_imports() -> list[dict]:
-    """What three fresh interpreters say. Processor time, so that other processes on the machine do not count."""
+    """What three fresh interpreters say. Processor time, so that other processes on the machine do not count; and with
+    bytecode, which an environment may forbid to keep: compiling our files in each process would take as long again."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 
     def run() -> dict:
-        done = subprocess.run([sys.executable, "-c", IMPORT], cwd=ROOT, capture_output=True, text=True)
+        command = [sys.executable, "-c", IMPORT]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
 

@@ -11,8 +11,9 @@ from recipes import assert_ranks_equal_one, close, gradients, train_a_little, un
 
 from fastcontrast import nt_xent_loss, supcon_loss
 from fastcontrast.recipes._parts import space2_dialogs
-from fastcontrast.recipes._parts.space2_dialogs import IGNORED, hide, slots, verb
+from fastcontrast.recipes._parts.space2_dialogs import inner, slots, verb
 from fastcontrast.recipes._shared.encoder import Encoder
+from fastcontrast.recipes._shared.masked import IGNORED, mask_tokens
 from fastcontrast.recipes.space2 import (
     MaskedWords,
     Space2,
@@ -192,14 +193,13 @@ def test_words_are_hidden_as_bert_hides_them():
     torch.manual_seed(0)
     ids = torch.randint(1000, 2000, (200, 30))
     mask = torch.arange(30) < torch.randint(3, 31, (200, 1))
-    inputs, targets = hide(ids, mask, 7, 500)
-    hidden = targets != IGNORED
-    inner = mask.clone()
-    inner[:, 0] = False
-    inner[torch.arange(200), mask.sum(1) - 1] = False
-    assert not (hidden & ~inner).any() and torch.equal(targets[hidden], ids[hidden])
+    inputs, targets = mask_tokens(ids, inner(mask), mask_id=7, vocabulary=500)
+    hidden, within = targets != IGNORED, mask.clone()
+    within[:, 0] = False
+    within[torch.arange(200), mask.sum(1) - 1] = False
+    assert not (hidden & ~within).any() and torch.equal(targets[hidden], ids[hidden])
     assert torch.equal(inputs[~hidden], ids[~hidden])
-    share = hidden.sum() / inner.sum()
+    share = hidden.sum() / within.sum()
     masked, other = (inputs[hidden] == 7).double().mean(), (inputs[hidden] < 500).double().mean() - 1 / 5000
     close(torch.stack([share, masked, other - masked]), 0.15, 0.8, 0.1, atol=0.03)
 
@@ -209,11 +209,11 @@ def test_the_loss_of_masked_words_is_a_cross_entropy_through_the_words():
     words = MaskedWords(encoder)
     ids, mask = encoder.tokens(["Return the names of all files.", "Close it."])
     torch.manual_seed(2)
-    inputs, targets = hide(ids, mask, words.mask_id, len(words.bias))
+    inputs, targets = mask_tokens(ids, inner(mask), mask_id=words.mask_id, vocabulary=len(words.head.bias))
     assert (targets != IGNORED).any() and encoder.tokenizer.id_to_token(words.mask_id) == "[MASK]"
     torch.manual_seed(2)
     found = words(encoder, ids, mask)
-    logits = words.state(encoder.states(inputs, mask)) @ encoder.bert.embeddings.word_embeddings.weight.T
+    logits = words.head.logits(encoder.states(inputs, mask), encoder.bert.embeddings.word_embeddings.weight)
     torch.testing.assert_close(found, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
     found.backward()
     assert encoder.bert.embeddings.word_embeddings.weight.grad.any(1).all()  # all words are classes

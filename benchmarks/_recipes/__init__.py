@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from fastcontrast import set_workspace
 from fastcontrast.ops._sweep import COLUMNS, ROWS
@@ -15,6 +17,7 @@ from .. import _rivals as rivals
 from .._harness import Bar, Floor, Provider, Step, Workload
 
 MIB = 1 << 20
+PART = 512  # tokens whose float64 logits exist at a time
 Product = tuple[int, int, int, int]  # M, N, D, and how many such products there are
 
 
@@ -56,6 +59,21 @@ def against_dense(
 
     floors = {"products": Floor({"bare": lambda problem: _bare(products)})}
     return Workload(name, shape, tiny, inputs, in_float64, providers, floors, tuple(bars), **options)
+
+
+def in_parts(loss: Callable[..., Tensor], rows: Sequence[int]) -> Callable[..., Tensor]:
+    """`loss`, a mean over tokens, a part of the tokens at a time; inputs at `rows` have a row a token."""
+
+    def whole(*inputs: Tensor) -> Tensor:
+        count = len(inputs[rows[0]])
+        parts = [x.split(PART) if i in rows else repeat(x) for i, x in enumerate(inputs)]
+        total = 0.0
+        for part in zip(*parts, strict=False):
+            share = len(part[rows[0]]) / count
+            total = total + share * checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False)
+        return total
+
+    return whole
 
 
 def _provider(loss: Callable, workspace: int | None = None, **options: Any) -> Provider:

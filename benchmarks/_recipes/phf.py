@@ -9,8 +9,7 @@ from fastcontrast.ops import linear_logprob
 from fastcontrast.recipes.phf import unlikelihood_loss
 
 from .._harness import OURS, Bar, Workload
-from . import against_dense
-from .salt import in_parts
+from . import against_dense, in_parts
 
 THRESHOLD = 0.1
 

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import repeat
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from fastcontrast.recipes.salt import OMEGA, Heads, salt_loss
 
 from .._harness import OURS, Bar, Workload
-from . import against_dense
-
-PART = 512  # tokens whose float64 logits exist at a time
+from . import against_dense, in_parts
 
 
 def inputs(shape: tuple[int, int, int, int]) -> tuple[Tensor, ...]:
@@ -38,21 +32,6 @@ def dense(hidden: Tensor, weight: Tensor, gold: Tensor, taught: Tensor, of_teach
     with torch.no_grad():
         q = (taught @ of_teacher.T).softmax(1)
     return (1 - OMEGA) * F.cross_entropy(logits, gold) + OMEGA * F.cross_entropy(logits, q)
-
-
-def in_parts(loss: Callable[..., Tensor], rows: Sequence[int]) -> Callable[..., Tensor]:
-    """`loss`, a mean over tokens, a part of the tokens at a time; inputs at `rows` have a row a token."""
-
-    def whole(*inputs: Tensor) -> Tensor:
-        count = len(inputs[rows[0]])
-        parts = [x.split(PART) if i in rows else repeat(x) for i, x in enumerate(inputs)]
-        total = 0.0
-        for part in zip(*parts, strict=False):
-            share = len(part[rows[0]]) / count
-            total = total + share * checkpoint(loss, *part, use_reentrant=False, preserve_rng_state=False)
-        return total
-
-    return whole
 
 
 def workloads(quick: bool) -> list[Workload]:

@@ -119,20 +119,20 @@ RECIPES = {
     "space2": Entry(
         "SPACE-2: Tree-Structured Semi-Supervised Contrastive Pre-training for Task-Oriented Dialog Understanding",
         "He et al. 2022, arXiv 2209.06638",
-        "similarity_lse, with soft positives as a product of label sets",
-        "docstrings, whose places in the library are trees of labels",
+        "similarity_lse with soft positives as a product with their weights; nt_xent_loss, linear_cross_entropy",
+        "docstrings of functions: package, first verb, parameters and defaults are trees of labels",
     ),
     "coconut": Entry(
         "Continual Contrastive Spoken Language Understanding",
         "Cappellazzo et al. 2023, arXiv 2310.02699",
-        "similarity_lse over a student's keys, positives among a teacher's",
-        "sentences spoken by espeak-ng, or features of their letters; a module's name is the intent",
+        "similarity_lse over a student's keys, positives among a teacher's; EMATeacher",
+        "sentences spoken by espeak-ng, or as sounds of their letters; the package is the intent",
     ),
     "ccp": Entry(
         "Unsupervised Context Aware Sentence Representation Pretraining for Multi-lingual Dense Retrieval",
         "Wu et al. 2022, arXiv 2206.03281",
-        "info_nce with a queue for each language",
-        "Django's texts in several languages, in the order of their files",
+        "similarity_lse over the bank of a language; info_nce for fine-tuning",
+        "Django's texts in six languages, in the order of their files; translations only in the test",
     ),
     "superedit": Entry(
         "SuperEdit: Rectifying and Facilitating Supervision for Instruction-Based Image Editing",
@@ -149,8 +149,8 @@ RECIPES = {
     "pcp": Entry(
         "Don't Stop Pretraining? Make Prompt-based Fine-tuning Powerful Learner",
         "Shi and Lipani 2023, arXiv 2305.01711",
-        "linear_cross_entropy over a vocabulary, and over the few words of a label",
-        "sentences of docstrings, to be told by their module",
+        "linear_cross_entropy over the masked tokens, and over the few words of a label",
+        "sentences of docstrings, to be told by their module, sixteen of each labelled",
     ),
     "primer": Entry(
         "A Primer on Contrastive Pretraining in Language Processing",

@@ -33,10 +33,10 @@ from fastcontrast.ops import linear_cross_entropy
 from fastcontrast.ops._precision import float32
 
 from ._parts import pcp_task
-from ._parts.pcp_masked import MaskedHead, mask_tokens
 from ._parts.pcp_model import MaskedLM
 from ._parts.pcp_prompt import Prompted, Template, label_words
 from ._shared.encoder import batches
+from ._shared.masked import MaskedHead, mask_tokens
 from ._shared.report import Report, train
 
 __all__ = [

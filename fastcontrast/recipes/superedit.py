@@ -33,7 +33,7 @@ from torch import Tensor
 from fastcontrast import EMATeacher
 from fastcontrast.distributed._sums import share
 from fastcontrast.ops import _check as check
-from fastcontrast.ops.triplet_distances import triplet_distances
+from fastcontrast.ops import triplet_distances
 
 from ._parts.superedit_diffusion import Network, Schedule, UNet, guided
 from ._parts.superedit_edits import load_edits

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .._shared.encoder import Encoder
-from .pcp_masked import MaskedHead, mask_tokens
+from .._shared.masked import MaskedHead, mask_tokens
 from .pcp_prompt import Prompted, Special
 
 WORDPIECE = Special(first=101, last=102, mask=103, padding=0)  # BERT's own ids

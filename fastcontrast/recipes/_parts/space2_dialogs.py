@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastcontrast.data import nodes_of
-from fastcontrast.ops import linear_cross_entropy
 
 from .._shared.encoder import Encoder
+from .._shared.masked import MaskedHead, mask_tokens
 from .._shared.texts import source_files
 from .space2_trees import Frame
 
@@ -77,27 +77,19 @@ def slots(node: ast.FunctionDef | ast.AsyncFunctionDef, text: str) -> dict[str, 
 
 
 class MaskedWords(nn.Module):
-    """The cross-entropy of tokens that were hidden from the encoder, whose own word vectors are the classifier."""
+    """−log p of tokens that were hidden from the encoder, whose own word vectors are the classifier."""
 
     def __init__(self, encoder: Encoder):
         super().__init__()
-        self.state = nn.Sequential(nn.Linear(encoder.width, encoder.width), nn.GELU(), nn.LayerNorm(encoder.width))
-        self.bias = nn.Parameter(torch.zeros(encoder.tokenizer.get_vocab_size()))
+        self.head = MaskedHead(encoder.width, encoder.tokenizer.get_vocab_size())
         self.mask_id = encoder.tokenizer.token_to_id("[MASK]")
 
     def forward(self, encoder: Encoder, ids: Tensor, mask: Tensor) -> Tensor:  # [B, T], [B, T]
         """Mean over the hidden tokens; 0 where chance hid none."""
-        inputs, targets = hide(ids, mask, self.mask_id, len(self.bias))
-        hidden = self.state(encoder.states(inputs, mask))
-        return linear_cross_entropy(hidden, encoder.bert.get_input_embeddings().weight, targets, bias=self.bias)
+        inputs, targets = mask_tokens(ids, inner(mask), mask_id=self.mask_id, vocabulary=len(self.head.bias))
+        return self.head(encoder.states(inputs, mask), encoder.bert.get_input_embeddings().weight, targets)
 
 
-def hide(ids: Tensor, mask: Tensor, mask_id: int, vocabulary: int) -> tuple[Tensor, Tensor]:  # [B, T], [B, T]
-    """Tokens, 15 % of them hidden, and what these were, −100 elsewhere. Of the hidden ones 80 % become the mask, 10 %
-    any word, 10 % stay. The first and the last token of a text are never hidden."""
-    inner = mask & F.pad(mask, (0, 1))[:, 1:]
-    inner[:, 0] = False
-    hidden, how = inner & (torch.rand(ids.shape) < MASKED), torch.rand(ids.shape)
-    inputs = torch.where(hidden & (how < 0.8), mask_id, ids)
-    inputs = torch.where(hidden & (how >= 0.9), torch.randint(vocabulary, ids.shape), inputs)
-    return inputs, ids.masked_fill(~hidden, IGNORED)
+def inner(mask: Tensor) -> Tensor:  # [B, T] bool
+    """Tokens without the first and the last of each text, which say where it begins and ends."""
+    return mask & F.pad(mask, (0, 1))[:, 1:] & (torch.arange(mask.shape[1], device=mask.device) > 0)

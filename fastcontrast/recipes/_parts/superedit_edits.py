@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastcontrast.data import FONTS, POINTS, SIDE, _bar, _first_names, _spread, package_folder
+from fastcontrast.data import FONTS, _first_names, _spread, draw_glyphs, package_folder
 from fastcontrast.minilm import minilm_features
 
 from .._shared.namer import spread
@@ -94,7 +94,7 @@ def load_edits(limit: int | None = None) -> Edits:
     found = [found[i] for i in _spread(len(found), limit)]
     drawn = sorted({symbol for ends, *_ in found for symbol in ends})
     place = {symbol: i for i, symbol in enumerate(drawn)}
-    glyphs = _draw([(font, codes[font, name]) for font, name in drawn])
+    glyphs = draw_glyphs([(font, codes[font, name]) for font, name in drawn])
     ends = torch.tensor([[place[symbol] for symbol in ends] for ends, *_ in found])  # [P, 2]
     said = [[instruction(word, adds), *wrong_instructions(word, adds)] for *_, word, adds in found]
     instructions = ["", *sorted({text for texts in said for text in texts})]
@@ -112,21 +112,3 @@ def load_edits(limit: int | None = None) -> Edits:
 
 def _shown(name: Name) -> Name:
     return tuple(word for word in name if word not in STATES + PARTS)
-
-
-def _draw(symbols: list[tuple[str, int]]) -> Tensor:
-    """Glyphs of fonts and code points as `data.icons` draws them."""
-    import numpy as np
-    from PIL import Image, ImageDraw, ImageFont
-
-    folder = package_folder("qtawesome") / "fonts"
-    fonts = {
-        font: ImageFont.truetype(str(folder / file), POINTS, layout_engine=ImageFont.Layout.BASIC)
-        for font, (file, _) in FONTS.items()
-    }
-    glyphs = []
-    for font, code in _bar(symbols, "drawing icons", "icon", True):
-        image = Image.new("L", (SIDE, SIDE))
-        ImageDraw.Draw(image).text((SIDE // 2, SIDE // 2), chr(code), font=fonts[font], fill=255, anchor="mm")
-        glyphs.append(np.asarray(image))
-    return torch.from_numpy(np.stack(glyphs))
