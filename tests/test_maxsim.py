@@ -362,6 +362,10 @@ def test_the_second_gradient_is_refused():
     queries, documents = (x.requires_grad_() for x in tokens(2, 3, 4, 5, 6))
     with pytest.raises(NotImplementedError, match=r"maxsim: no gradient of its gradient .*='reference' has one"):
         torch.autograd.grad(maxsim(queries, documents).sum(), queries, create_graph=True)
+    scores, _ = torch.ops.fastcontrast.maxsim(queries, documents, None, None, False, True, "cpu")  # as compiled
+    (first,) = torch.autograd.grad(scores.square().sum(), queries, create_graph=True)
+    with pytest.raises(NotImplementedError, match="maxsim: a gradient of its gradient is not implemented"):
+        first.sum().backward()
 
 
 def test_trace_names_what_ran():

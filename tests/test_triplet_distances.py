@@ -229,6 +229,10 @@ def test_the_second_gradient_is_refused():
     inputs = [x.requires_grad_() for x in samples(2, 6)]
     with pytest.raises(NotImplementedError, match=r"triplet_distances: no gradient of its gradient .*='reference' has"):
         torch.autograd.grad(triplet_distances(*inputs)[0].sum(), inputs, create_graph=True)
+    distances = torch.ops.fastcontrast.triplet_distances(*inputs, "cpu")  # as compiled code has it
+    first, *_ = torch.autograd.grad(distances.square().sum(), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="triplet_distances: a gradient of its gradient is not implemented"):
+        first.sum().backward()
 
 
 def test_trace_names_what_ran():

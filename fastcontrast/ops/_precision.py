@@ -51,6 +51,17 @@ def refuse_second_gradient(op: str, *, reference: bool = False) -> None:
         raise NotImplementedError(f"{op}: no gradient of its gradient is implemented{instead}")
 
 
+def no_second_backward(op: str) -> Callable:
+    """The autograd formula of a registered operation that is a backward itself: it runs for a second gradient alone."""
+
+    def refuse(ctx, *gradients):
+        raise NotImplementedError(
+            f"{op}: a gradient of its gradient is not implemented; implementation='reference' has one"
+        )
+
+    return refuse
+
+
 def fast_bf16(device: torch.device) -> bool:
     """Whether a device multiplies bfloat16 faster than float32: CPUs with avx512_bf16 or amx_bf16, recent GPUs."""
     if device.type == "cuda":

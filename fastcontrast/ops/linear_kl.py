@@ -25,6 +25,7 @@ from . import _divergence
 from ._dispatch import choose, refuse_cpu, refuse_triton, register
 from ._divergence import Problem, Rows
 from ._formed import formed
+from ._precision import no_second_backward
 from ._tokens import TWO_HEADS, average, head, token_weights, workspace_of
 
 register("linear_kl", {"cpu": refuse_cpu, "triton": refuse_triton})
@@ -95,15 +96,9 @@ def _autograd(ctx, upstream, _):
     return (*(x if need else None for x, need in zip(gradients, needs, strict=True)), *none[3:])
 
 
-def _no_second_backward(ctx, *gradients):
-    raise NotImplementedError(
-        "linear_kl: a gradient of its gradient is not implemented; implementation='reference' has one"
-    )
-
-
 for _name, _run, _fake, _derivative, _setup in (
     ("linear_kl", _forward, _forward_fake, _autograd, _setup_context),
-    ("linear_kl_backward", _backward, _backward_fake, _no_second_backward, None),
+    ("linear_kl_backward", _backward, _backward_fake, no_second_backward("linear_kl"), None),
 ):
     _library.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastcontrast::{_name}", _fake, lib=_library)

@@ -19,7 +19,7 @@ from . import _check as check
 from . import _workspace
 from ._dispatch import choose, native, refuse_cpu, refuse_triton, register
 from ._inference import CODES, last_contiguous, wide
-from ._precision import float32, refuse_second_gradient, without_autocast
+from ._precision import float32, no_second_backward, refuse_second_gradient, without_autocast
 
 OP = "maxsim"
 MASKED = ("neg_inf", "zero")
@@ -196,15 +196,12 @@ def _backward(ctx, gradient, _, run=torch.ops.fastcontrast.maxsim_backward):
     return *(g if need else None for g, need in zip(found, needs, strict=True)), *[None] * 5
 
 
-def _no_second_backward(ctx, *gradients):
-    refuse_second_gradient(OP, reference=True)
-
-
 _library.impl("maxsim", _forward, "CompositeExplicitAutograd")
 _library.impl("maxsim_backward", _gradients, "CompositeExplicitAutograd")
 torch.library.register_fake("fastcontrast::maxsim", _fake, lib=_library)
 torch.library.register_fake("fastcontrast::maxsim_backward", _gradients_fake, lib=_library)
 torch.library.register_autograd("fastcontrast::maxsim", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("fastcontrast::maxsim_backward", no_second_backward(OP), lib=_library)
 
 
 class _Eager(torch.autograd.Function):

@@ -16,7 +16,7 @@ from torch import Tensor
 from . import _check as check
 from . import _sweep
 from ._dispatch import choose, refuse_cpu, refuse_triton, register
-from ._precision import without_autocast
+from ._precision import no_second_backward, without_autocast
 from ._sweep import Factor, Masks
 from ._workspace import workspace_bytes
 
@@ -232,19 +232,15 @@ def _backward(ctx, rows_gradient, columns_gradient, own_gradient, *unused, run=N
     return (*(x if need else None for x, need in zip(gradients, needs, strict=True)), *none[4:])
 
 
-def _no_second_backward(ctx, *gradients):
-    raise NotImplementedError(
-        "similarity_lse: a gradient of its gradient is not implemented; implementation='reference' has one"
-    )
-
-
 for _name, _device in (("cpu", "CPU"), ("triton", "CUDA")):
     _library.impl("similarity_lse", PASSES[_name][0], _device)
     _library.impl("similarity_lse_backward", PASSES[_name][1], _device)
 torch.library.register_fake("fastcontrast::similarity_lse", _forward_fake, lib=_library)
 torch.library.register_fake("fastcontrast::similarity_lse_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("fastcontrast::similarity_lse", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastcontrast::similarity_lse_backward", _no_second_backward, lib=_library)
+torch.library.register_autograd(
+    "fastcontrast::similarity_lse_backward", no_second_backward("similarity_lse"), lib=_library
+)
 
 
 class _Eager(torch.autograd.Function):

@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _check as check
 from . import _sweep
 from ._dispatch import choose, register_through
-from ._precision import without_autocast
+from ._precision import no_second_backward, without_autocast
 from ._sweep import Factor, Masks
 from ._workspace import workspace_bytes
 from .similarity_lse import reference_logits, reference_lse, rows_contiguous
@@ -150,19 +150,15 @@ def _backward(ctx, mix_gradient, lse_gradient, *unused, run=None):
     return tuple(results)
 
 
-def _no_second_backward(ctx, *gradients):
-    raise NotImplementedError(
-        "similarity_mix: a gradient of its gradient is not implemented; implementation='reference' has one"
-    )
-
-
 for _name, _device in (("cpu", "CPU"), ("triton", "CUDA")):
     _library.impl("similarity_mix", PASSES[_name][0], _device)
     _library.impl("similarity_mix_backward", PASSES[_name][1], _device)
 torch.library.register_fake("fastcontrast::similarity_mix", _forward_fake, lib=_library)
 torch.library.register_fake("fastcontrast::similarity_mix_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("fastcontrast::similarity_mix", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastcontrast::similarity_mix_backward", _no_second_backward, lib=_library)
+torch.library.register_autograd(
+    "fastcontrast::similarity_mix_backward", no_second_backward("similarity_mix"), lib=_library
+)
 
 
 class _Eager(torch.autograd.Function):

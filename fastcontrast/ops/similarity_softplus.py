@@ -20,7 +20,7 @@ from . import _check as check
 from . import _sweep
 from ._dispatch import choose, refuse_cpu, refuse_triton, register
 from ._formed import formed
-from ._precision import without_autocast
+from ._precision import no_second_backward, refuse_second_gradient, without_autocast
 from ._sweep import Factor, Masks, Targets
 from .similarity_lse import reference_logits, rows_contiguous
 
@@ -140,12 +140,6 @@ def _backward(ctx, gradient, run=None):
     return (*(x if need else None for x, need in zip(gradients, needs, strict=True)), *(None,) * 11)
 
 
-def _no_second_backward(ctx, *gradients):
-    raise NotImplementedError(
-        "similarity_softplus: a gradient of its gradient is not implemented; implementation='reference' has one"
-    )
-
-
 for _device, _sweep_of in (("CPU", sweep_cpu), ("CUDA", sweep_triton)):
     _library.impl("similarity_softplus", _forward(_sweep_of), _device)
     _library.impl("similarity_softplus_backward", _gradients(_sweep_of), _device)
@@ -158,7 +152,9 @@ torch.library.register_fake("fastcontrast::similarity_softplus_backward", _gradi
 torch.library.register_autograd(
     "fastcontrast::similarity_softplus", _backward, setup_context=_setup_context, lib=_library
 )
-torch.library.register_autograd("fastcontrast::similarity_softplus_backward", _no_second_backward, lib=_library)
+torch.library.register_autograd(
+    "fastcontrast::similarity_softplus_backward", no_second_backward("similarity_softplus"), lib=_library
+)
 
 
 class _Eager(torch.autograd.Function):
@@ -173,8 +169,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
-        if torch.is_grad_enabled():
-            _no_second_backward(ctx)
+        refuse_second_gradient("similarity_softplus", reference=True)
         return (*_backward(ctx, gradient, run=_gradients(ctx.sweep)), None)
 
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from . import _check as check
 from . import _sweep
 from ._dispatch import choose, native, refuse_cpu, refuse_torch, register
-from ._precision import without_autocast
+from ._precision import no_second_backward, without_autocast
 from ._sweep import address
 from ._workspace import workspace_bytes
 from .similarity_lse import rows_contiguous
@@ -180,18 +180,14 @@ def _backward(ctx, gradient, unused, run=None):
     return (*(x if need else None for x, need in zip(gradients, needs, strict=True)), *(None,) * 6)
 
 
-def _no_second_backward(ctx, *gradients):
-    raise NotImplementedError(
-        "similarity_topk: a gradient of its gradient is not implemented; implementation='reference' has one"
-    )
-
-
 _library.impl("similarity_topk", _forward, "CompositeExplicitAutograd")
 _library.impl("similarity_topk_backward", _pairs_backward, "CompositeExplicitAutograd")
 torch.library.register_fake("fastcontrast::similarity_topk", _forward_fake, lib=_library)
 torch.library.register_fake("fastcontrast::similarity_topk_backward", _backward_fake, lib=_library)
 torch.library.register_autograd("fastcontrast::similarity_topk", _backward, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("fastcontrast::similarity_topk_backward", _no_second_backward, lib=_library)
+torch.library.register_autograd(
+    "fastcontrast::similarity_topk_backward", no_second_backward("similarity_topk"), lib=_library
+)
 
 
 class _Eager(torch.autograd.Function):

@@ -17,7 +17,7 @@ from . import _check as check
 from . import _workspace
 from ._dispatch import choose, native, refuse_cpu, refuse_triton, register
 from ._inference import CODES, last_contiguous, wide
-from ._precision import refuse_second_gradient, without_autocast
+from ._precision import no_second_backward, refuse_second_gradient, without_autocast
 from ._sweep import address
 
 OP = "triplet_distances"
@@ -122,6 +122,7 @@ torch.library.register_fake("fastcontrast::triplet_distances_backward", _gradien
 torch.library.register_autograd(
     "fastcontrast::triplet_distances", _backward, setup_context=_setup_context, lib=_library
 )
+torch.library.register_autograd("fastcontrast::triplet_distances_backward", no_second_backward(OP), lib=_library)
 
 
 class _Eager(torch.autograd.Function):
