@@ -78,7 +78,7 @@ def product(problem: Problem, tiles: int | None = None) -> Step:
     """A tile after another in the same memory, or the whole at once."""
     rows, columns = problem.documents.flatten(0, 1), problem.queries.flatten(0, 1).T
     parts = rows.split(tiles or len(rows))
-    out = torch.empty(len(parts[0]), columns.shape[1])
+    out = rows.new_empty(len(parts[0]), columns.shape[1])
 
     def run() -> None:
         for part in parts:

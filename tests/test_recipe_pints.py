@@ -146,10 +146,12 @@ def test_only_answers_count(monkeypatch):
     torch.testing.assert_close(answer_logprobs(model, ids, labels), torch.stack([sum(each[:3]), each[3]]))
 
 
-def test_questions_have_a_wrong_answer_of_the_same_module():
+def test_the_wrong_answer_has_the_words_of_the_right_one_in_another_order():
     found = pints_data.questions(0, limit=40)
     assert len(found) > 20 and found == pints_data.questions(0, limit=40) != pints_data.questions(1, limit=40)
+    assert len({question.right for question in found}) == len(found)
     assert all(question.right != question.wrong for question in found)
+    assert all(sorted(question.right.split()) == sorted(question.wrong.split()) for question in found)
 
 
 def test_the_command_trains_and_writes(tmp_path, monkeypatch, one_thread):

@@ -100,7 +100,7 @@ def run(
     steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
     """Two models of one start read equally many tokens: the standard library's source, or the prose in its docstrings.
-    Both then learn to say what functions are for, and to prefer the right answer to another function's.
+    Both then learn to say what functions are for, and to prefer that answer to its words in another order.
     """
     steps = STEPS if steps is None else steps
     report = Report("pints", output, steps=steps, seed=seed, limit=limit, batch=BATCH, length=LENGTH)

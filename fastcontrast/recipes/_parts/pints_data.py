@@ -26,7 +26,7 @@ LONGEST = 64  # tokens of a question and its answer
 
 
 class Question(NamedTuple):
-    """What a docstring answers, the answer, and that of another function of the same module."""
+    """What a docstring answers, the answer, and its words in another order."""
 
     text: str
     right: str
@@ -45,22 +45,19 @@ def source(limit: int | None) -> list[str]:
 
 
 def questions(seed: int, limit: int | None = None) -> list[Question]:
-    """In random order, one for every function or class whose docstring begins with a plain sentence."""
-    root, answers = Path(os.__file__).parent, {}
+    """In random order, one for every plain sentence that begins the docstring of a function or class."""
+    root, names = Path(os.__file__).parent, {}
     for path in source_files(limit and max(8, limit // 8)):  # there are eight in a file
         module = path.relative_to(root).with_suffix("").parts[0]
         for node in nodes_of(path):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 first = SENTENCE.split(" ".join((ast.get_docstring(node) or "").split()))[0]
                 if len(first.split()) in WORDS and PLAIN.fullmatch(first):
-                    answers.setdefault(module, {})[node.name] = first
+                    names.setdefault(first, f"{node.name} of {module}")
     draw, found = random.Random(seed), []
-    for module, by_name in sorted(answers.items()):
-        texts = sorted({*by_name.values()})
-        for name, right in sorted(by_name.items()):
-            if len(texts) > 1:
-                wrong = draw.choice([text for text in texts if text != right])
-                found.append(Question(f"What is {name} of {module}?", right, wrong))
+    for right, name in names.items():
+        words = right.split()
+        found.append(Question(f"What is {name}?", right, " ".join(draw.sample(words, len(words)))))
     draw.shuffle(found)
     return found
 
