@@ -339,15 +339,17 @@ def _run_op(op: str, args: Any, until: float) -> bool:
     workloads = _gpu.workloads(op, args.quick) if args.gpu else module.workloads(args.quick)
     workloads = [w for w in workloads if only in w.name and (large or not w.alone)]
     rows: list[Row] = []
-    for workload in _report.progress(workloads, op):
-        if time.monotonic() > until:
-            rows.append(Row(op, workload.name, "", "skipped", f"the run's {args.seconds:g} s were over"))
-        else:
-            rows += run(workload, name, args.quick, args.reps)
-    measurements = _gpu.measurements(op) if args.gpu else getattr(module, "measurements", {})
-    for label, measure in measurements.items():
-        if only in label:
-            rows += measure(args.quick, args.reps)
-    if rows:
-        _report.write(f"{op}.cuda" if args.gpu else op, rows, args.output, quick=args.quick)
+    try:
+        for workload in _report.progress(workloads, op):
+            if time.monotonic() > until:
+                rows.append(Row(op, workload.name, "", "skipped", f"the run's {args.seconds:g} s were over"))
+            else:
+                rows += run(workload, name, args.quick, args.reps)
+        measurements = _gpu.measurements(op) if args.gpu else getattr(module, "measurements", {})
+        for label, measure in measurements.items():
+            if only in label:
+                rows += measure(args.quick, args.reps)
+    finally:  # who interrupts a long run keeps what it has measured
+        if rows:
+            _report.write(f"{op}.cuda" if args.gpu else op, rows, args.output, quick=args.quick)
     return not any(row.provider.startswith(OURS) and row.status in ("wrong", "failed") for row in rows)

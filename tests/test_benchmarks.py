@@ -242,6 +242,24 @@ def test_command_line_names_unknown_operations(capsys):
     assert set(harness.operations()) == {name for name in files if not name.startswith("_")}
 
 
+def test_a_run_that_is_interrupted_keeps_what_it_has_measured(tmp_path, monkeypatch):
+    """The second workload is interrupted, as by Ctrl-C."""
+    done, run = [], harness.run
+
+    def interrupted(workload, *rest):
+        if done:
+            raise KeyboardInterrupt
+        done.append(workload.name)
+        return run(workload, *rest)
+
+    monkeypatch.setattr(harness, "run", interrupted)
+    parser = argparse.ArgumentParser()
+    harness.configure(parser)
+    with pytest.raises(KeyboardInterrupt):
+        harness.main(parser.parse_args(["recipes", "--only", "saha", "--quick", "--output", str(tmp_path)]))
+    assert {row["workload"] for row in json.loads((tmp_path / "recipes.json").read_text())["rows"]} == {*done}
+
+
 def test_workloads_of_a_gpu_are_right_where_there_is_none():
     """Everything but the clock and the kernels: the same inputs, truths, providers and bars, small, on the CPU."""
     workloads = [w for op in harness.operations() for w in _gpu.workloads(op, quick=True, device="cpu")]

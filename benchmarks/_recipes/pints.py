@@ -58,7 +58,7 @@ def workloads(quick: bool) -> list[Workload]:
     whole = make(
         name.format(tokens, width, vocabulary), shape=(tokens, width, vocabulary), ours=linear_cross_entropy,
         dense=dense, needs=4 * 4 * tokens * vocabulary, products=[(tokens, vocabulary, width, 3)], compile=False,
-        bars=() if quick else (
+        reps=2, bars=() if quick else (  # half a minute a step
             Bar(OURS, "products", at_most=1.15), Bar("dense torch", OURS, at_least=10, what="peak_extra_bytes"),
         ),
     )  # fmt: skip
@@ -67,6 +67,6 @@ def workloads(quick: bool) -> list[Workload]:
     preferences = make(
         f"{name.format(tokens, width, vocabulary)}, DPO", shape=(tokens, width, vocabulary), ours=ours_dpo,
         dense=dense_dpo, needs=4 * 4 * tokens * vocabulary, products=[(tokens, vocabulary, width, 4)], compile=False,
-        bars=() if quick else (Bar("dense torch", OURS, at_least=4, what="peak_extra_bytes"),),
+        reps=3, bars=() if quick else (Bar("dense torch", OURS, at_least=4, what="peak_extra_bytes"),),
     )  # fmt: skip
     return [whole, preferences]
