@@ -309,7 +309,9 @@ def configure(parser: Any) -> None:
     parser.add_argument(
         "--seconds", type=float, metavar="S", help="begin no workload after so long; name those left out"
     )
-    parser.add_argument("--only", metavar="TEXT", help="only workloads whose name contains this")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="only workloads whose name contains this; results of others stay in the output"
+    )
     parser.add_argument(
         "--large", action=argparse.BooleanOptionalAction, help="workloads of minutes a step (default unless --quick)"
     )
@@ -324,6 +326,13 @@ def main(args: Any) -> int:
     if args.gpu and not torch.cuda.is_available():
         print("bench: --gpu needs a CUDA device, torch sees none", file=sys.stderr)
         return 2
+    from . import _report
+
+    for op in (args.ops or known) if args.only else ():
+        what = _report.differs(f"{op}.cuda" if args.gpu else op, args.output, quick=args.quick)
+        if what:
+            print(f"bench: {args.output} has results of {op} whose {what} differs: --output another", file=sys.stderr)
+            return 2
     until = math.inf if args.seconds is None else time.monotonic() + args.seconds
     wrong = [op for op in args.ops or known if not _run_op(op, args, until)]
     return 1 if wrong else 0
@@ -351,5 +360,6 @@ def _run_op(op: str, args: Any, until: float) -> bool:
                 rows += measure(args.quick, args.reps)
     finally:  # who interrupts a long run keeps what it has measured
         if rows:
-            _report.write(f"{op}.cuda" if args.gpu else op, rows, args.output, quick=args.quick)
+            name = f"{op}.cuda" if args.gpu else op
+            _report.write(name, rows, args.output, quick=args.quick, part=bool(only))
     return not any(row.provider.startswith(OURS) and row.status in ("wrong", "failed") for row in rows)

@@ -209,25 +209,52 @@ def _where(op: str) -> str:
     return f"{host['cpu']} ({host['vectors']}), {host['cores']} cores, {host['threads']} threads"
 
 
-def write(op: str, rows: Sequence[Row], directory: str, *, quick: bool) -> None:
-    """`<op>.json`, `<op>.md` and `<op>.png` in the directory, and the table on stdout."""
+def differs(op: str, directory: str, *, quick: bool) -> str | None:
+    """What keeps new rows from joining those that stand in the file: another machine, other versions, other sizes."""
+    path = Path(directory) / f"{op}.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    now = {"machine": machine(), "versions": versions(), "quick": quick}
+    return next((what for what in now if before and before[what] != now[what]), None)
+
+
+def _merged(before: Sequence[Row], now: Sequence[Row]) -> list[Row]:
+    """Rows of `now` in the place of those of the same workload; of workloads that are new, at the end."""
+    names = {row.workload for row in now}
+    kept: list[Row] = []
+    for old in before:
+        if old.workload not in names:
+            kept.append(old)
+        elif all(row.workload != old.workload for row in kept):
+            kept += [row for row in now if row.workload == old.workload]
+    placed = {row.workload for row in kept}
+    return kept + [row for row in now if row.workload not in placed]
+
+
+def write(op: str, rows: Sequence[Row], directory: str, *, quick: bool, part: bool = False) -> None:
+    """`<op>.json`, `<op>.md` and `<op>.png` in the directory, and the table on stdout.
+
+    part: rows of some workloads alone, and those of others that stand in the file stay, where nothing `differs`. The
+    record's date and commit are those of the others; under "again" it has those of the new rows.
+    """
     out = Path(directory)
     out.mkdir(parents=True, exist_ok=True)
-    record = {
-        "op": op,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "quick": quick,
-        "machine": machine(),
-        "versions": versions(),
-        "git": commit(),
-        "rows": [dataclasses.asdict(row) for row in rows],
-    }
+    now = {"date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "git": commit()}
+    record = {"op": op, **now, "quick": quick, "machine": machine(), "versions": versions()}
+    path = out / f"{op}.json"
+    if part and path.exists():
+        before = json.loads(path.read_text())
+        again = {**before.get("again", {}), **{row.workload: now for row in rows}}
+        record |= {"date": before["date"], "git": before["git"], "again": again}
+        rows = _merged([Row(**row) for row in before["rows"]], rows)
+    record["rows"] = [dataclasses.asdict(row) for row in rows]
     text = table(rows)
     head = f"{_where(op)}; torch {torch.__version__}"
     bars = [bar for row in rows for bar in row.bars]
     count = {met: sum(bar["met"] is met for bar in bars) for met in (True, False, None)}
     foot = f"bars: {count[True]} met, {count[False]} MISSED, {count[None]} not judged"
-    (out / f"{op}.json").write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    (out / f"{op}.md").write_text(f"# {op}\n\n{head}; {record['date']}\n\n{text}\n\n{foot}\n")
+    path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    again = [f"{name}: {new['date']}" for name, new in record.get("again", {}).items()]
+    dates = "; ".join([record["date"], *again])
+    (out / f"{op}.md").write_text(f"# {op}\n\n{head}; {dates}\n\n{text}\n\n{foot}\n")
     reason = plot(op, rows, out / f"{op}.png")
     print(f"{head}\n\n{text}\n\n{foot}\nwritten to {out}/{op}.md, .png, .json{f' ({reason})' if reason else ''}")

@@ -260,6 +260,27 @@ def test_a_run_that_is_interrupted_keeps_what_it_has_measured(tmp_path, monkeypa
     assert {row["workload"] for row in json.loads((tmp_path / "recipes.json").read_text())["rows"]} == {*done}
 
 
+def test_results_of_a_workload_measured_again_join_those_of_the_others(tmp_path, capsys):
+    parser, path = argparse.ArgumentParser(), tmp_path / "recipes.json"
+    harness.configure(parser)
+
+    def run(only: str) -> dict:
+        assert harness.main(parser.parse_args(["recipes", "--only", only, "--quick", "--output", str(tmp_path)])) == 0
+        return json.loads(path.read_text())
+
+    before, after = run("saha"), run("saha loss")
+    clusters, loss = dict.fromkeys(row["workload"] for row in before["rows"])
+    assert [row["workload"] for row in after["rows"]] == [row["workload"] for row in before["rows"]]
+    assert {**after, "rows": [], "again": {}} == {**before, "rows": [], "again": {}}
+    assert [*after["again"]] == [loss] and set(after["again"][loss]) == {"date", "git"}
+    same = [old == new for old, new in zip(before["rows"], after["rows"], strict=True)]
+    assert same == [row["workload"] == clusters for row in before["rows"]]
+
+    path.write_text(json.dumps({**after, "machine": {}}))
+    assert harness.main(parser.parse_args(["recipes", "--only", "saha", "--quick", "--output", str(tmp_path)])) == 2
+    assert "whose machine differs" in capsys.readouterr().err and json.loads(path.read_text())["machine"] == {}
+
+
 def test_workloads_of_a_gpu_are_right_where_there_is_none():
     """Everything but the clock and the kernels: the same inputs, truths, providers and bars, small, on the CPU."""
     workloads = [w for op in harness.operations() for w in _gpu.workloads(op, quick=True, device="cpu")]

@@ -67,9 +67,10 @@ def dense(queries: Tensor, candidates: Tensor, part: int | None = None) -> Tenso
 
 
 def pairs(shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Candidates a little nearer to their own queries, so that there is much left to learn."""
     generator = torch.Generator().manual_seed(0)
     queries, noise = (torch.randn(shape, generator=generator) for _ in range(2))
-    return tuple(F.normalize(x, dim=1).requires_grad_() for x in (queries, queries + 2 * noise))
+    return tuple(F.normalize(x, dim=1).requires_grad_() for x in (queries, queries + 8 * noise))
 
 
 def dense_loss(queries: Tensor, candidates: Tensor) -> Tensor:

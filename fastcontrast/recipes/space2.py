@@ -87,14 +87,15 @@ def soft_supcon_loss(
     lse = similarity_lse(z, z, 1 / tau, query_ids=index, key_ids=index, positives=-1, **run)
     z = float32(z).reshape(copies, count, width)
     weights = weights.detach().to(z.dtype)
-    own = weights.gather(1, numbers(count, z.device)[:, None])  # [B, 1]
-    total = copies * weights.sum(1) - own[:, 0]
-    mixed = over_keys(lambda local, block, part: local[0][:, part] @ block[0], [weights], [z.sum(0)])
-    logits = torch.linalg.vecdot(z, mixed - own * z) / tau  # Σ_s w_rs l_rs, [N/B, B]
-    valid = (total > 0).expand(copies, count).flatten()
-    mean = (logits / total.masked_fill(total <= 0, 1.0)).flatten()
-    losses = lse.masked_fill(~valid, 0.0) - mean.masked_fill(~valid, 0.0)
-    return tau / base_tau * share(losses.sum(), rows)
+    own = weights.gather(1, numbers(count, z.device)[:, None])[:, 0]
+    total = copies * weights.sum(1) - own
+    valid = total > 0
+    summed = z.sum(0)  # over a sample's copies, whose weights are alike: Σ_r Σ_s w_rs ⟨z_r, z_s⟩ is one of [B, D]
+    mixed = over_keys(lambda local, block, part: local[0][:, part] @ block[0], [weights], [summed])
+    alike = torch.linalg.vecdot(summed, mixed) - own * torch.linalg.vector_norm(z, dim=(0, 2)).square()
+    mean = (alike / total.where(valid, 1.0)).masked_fill(~valid, 0.0).sum() / tau
+    lse = lse.masked_fill(~valid.repeat(copies), 0.0).sum()
+    return tau / base_tau * share(lse - mean, rows)
 
 
 def tree_loss(z: Tensor, weights: Tensor | None = None, tau: float = 0.07, **settings: Any) -> Tensor:
