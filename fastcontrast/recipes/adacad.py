@@ -75,7 +75,8 @@ def run(
     steps: int | None = None, *, output: str | os.PathLike = "train-output", seed: int = 0, limit: int | None = None
 ) -> dict[str, Any]:
     """SmolLM2 answers what the capital of a country is, in `steps` tokens, beside a document that contradicts what it
-    remembers, agrees with it, or is about other countries. Nothing is trained.
+    remembers, agrees with it, or is about other countries. Nothing is trained. Where documents contradict, AdaCAD is as
+    right as CAD, and elsewhere far more often; greedy decoding is ahead where they agree.
     """
     from fastcontrast import smollm2
 

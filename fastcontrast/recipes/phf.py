@@ -102,7 +102,8 @@ def run(
     bad if it breaks one of a few rules, as two in nine do. How many bad lines a model writes, each after the beginning
     of a document that it has not read; then the perplexity of the good lines of those documents. The conditional model
     reads both as it learned to, behind its tokens, and is asked for an aligned line: its perplexity knows the labels.
-    All write fewer bad lines than MLE; here the conditional model is not the best of them, filtering is as good.
+    All write fewer bad lines than MLE. Only two of them also read as well: the conditional model, and filtering, which
+    here is better in both.
     """
     steps = STEPS if steps is None else steps
     report = Report("phf", output, steps=steps, seed=seed, limit=limit, batch=BATCH)
