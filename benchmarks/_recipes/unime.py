@@ -53,7 +53,8 @@ def mine(queries: Tensor, candidates: Tensor) -> Tensor:
 def dense_mine(queries: Tensor, candidates: Tensor) -> Tensor:
     scores = queries @ candidates.T
     own = scores.diagonal()
-    left = scores.detach().masked_fill(scores > own[:, None] + BETA, -torch.inf).fill_diagonal_(-torch.inf)
+    limit = own[:, None] + (BETA + 8 * torch.finfo(torch.float32).eps)  # ours, where that much is rounding
+    left = scores.detach().masked_fill(scores > limit, -torch.inf).fill_diagonal_(-torch.inf)
     hardest = scores.gather(1, left.topk(K, dim=1).indices)
     logits = SCALE * torch.cat([own[:, None], hardest], 1)
     return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64))
