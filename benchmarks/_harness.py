@@ -342,7 +342,7 @@ def _run_op(op: str, args: Any, until: float) -> bool:
     """Runs and reports one operation's workloads; whether all of ours was right."""
     from . import _gpu, _report
 
-    name = f"fastcontrast.benchmarks.{op}"
+    name, results = f"fastcontrast.benchmarks.{op}", f"{op}.cuda" if args.gpu else op
     module = importlib.import_module(name)
     only, large = args.only or "", not args.quick if args.large is None else args.large
     workloads = _gpu.workloads(op, args.quick) if args.gpu else module.workloads(args.quick)
@@ -360,6 +360,5 @@ def _run_op(op: str, args: Any, until: float) -> bool:
                 rows += measure(args.quick, args.reps)
     finally:  # who interrupts a long run keeps what it has measured
         if rows:
-            name = f"{op}.cuda" if args.gpu else op
-            _report.write(name, rows, args.output, quick=args.quick, part=bool(only))
+            _report.write(results, rows, args.output, quick=args.quick, part=bool(only))
     return not any(row.provider.startswith(OURS) and row.status in ("wrong", "failed") for row in rows)

@@ -38,8 +38,8 @@ def costs() -> list[str]:
     for workload, rows in found.items():
         ours, dense, compiled = (rows.get(name) for name in ("fastcontrast", "dense torch", "dense torch, compiled"))
         times = [f"{row['seconds']:.3g}" if row else "" for row in (ours, dense, compiled)]
-        bytes = [row and row["peak_extra_bytes"] for row in (ours, dense)]
-        memory = ["" if count is None else f"{count / 2**20:.0f}" for count in bytes]
+        peaks = [row and row["peak_extra_bytes"] for row in (ours, dense)]
+        memory = ["" if count is None else f"{count / 2**20:.0f}" for count in peaks]
         lines.append("| " + " | ".join([workload, times[0], f"{ours['ratio']:.2f}", *times[1:], *memory]) + " |")
     return lines
 

@@ -58,7 +58,7 @@ def workloads(quick: bool) -> list[Workload]:
     whole = make(
         name.format(tokens, width, vocabulary), shape=(tokens, width, vocabulary), ours=linear_cross_entropy,
         dense=dense, needs=4 * 4 * tokens * vocabulary, products=[(tokens, vocabulary, width, 3)], compile=False,
-        reps=2, bars=() if quick else (  # half a minute a step
+        reps=2, bars=() if quick else (  # some 20 s a step
             Bar(OURS, "products", at_most=1.15), Bar("dense torch", OURS, at_least=10, what="peak_extra_bytes"),
         ),
     )  # fmt: skip
