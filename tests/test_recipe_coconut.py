@@ -72,7 +72,7 @@ def test_golden_mm():
     new, every = ~REPLAYED, 1.223752858927
     for hard in (False, True):
         close(mm_loss(AUDIO, TEXT, LABELS, new, hard=hard), 0.395339809041)
-        # Logits reach 9.5, where float32 is rounded to 2⁻²⁰: four such, of products, scale, lse and their difference.
+        # A sum over rows of differences of two numbers up to 9.5, which float32 has to 2⁻²⁰: four such, over all rows.
         close(mm_loss(AUDIO.float(), TEXT.float(), LABELS, new, hard=hard), 0.395339809041, atol=4e-6)
     close(mm_loss(AUDIO, TEXT, LABELS, hard=True), every)
     close(mm_loss(AUDIO.float(), TEXT.float(), LABELS, hard=True), every, atol=5e-6)
